@@ -1,0 +1,181 @@
+"""Layers whose weight is computed from something smaller: the common ground of the techniques.
+
+A technique stores what it makes of a weight (codes and scales, a sign and a scale, a shared
+codebook) in a *source*: a module that returns the dense weight when called. `compute_weight` puts
+it in the place of the layer's parameter; the layer keeps its type, its forward pass and its
+``weight`` attribute, so everything that reads a weight goes on working, while the state dict holds
+only what the source stores.
+"""
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+RECORD = "_workbench_"  # how the names of all that techniques note on a model begin
+_STEPS = f"{RECORD}steps"
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy for a technique to work on, so that the caller's model is never changed."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    return copy.deepcopy(model)
+
+
+def record_step(model: nn.Module, step: str, previous: nn.Module | None = None) -> nn.Module:
+    """Note on ``model`` that ``step`` was applied, after the steps of ``previous``; return it."""
+    setattr(model, _STEPS, (*steps(previous if previous is not None else model), step))
+    return model
+
+
+def steps(model: object) -> tuple[str, ...]:
+    """The techniques that made this model, in order; empty for an untouched one."""
+    return getattr(model, _STEPS, ())
+
+
+class _Computed:
+    """What a layer gains when weights of it are computed: ``sources`` by parameter name.
+
+    Its input may go through a quantizer first.
+    """
+
+    sources: nn.ModuleDict
+
+    @property
+    def weight(self) -> Tensor:
+        return self.sources["weight"]()
+
+    def forward(self, x: Tensor, *args):
+        quantizer = self._modules.get("input_quantizer")
+        return super().forward(x if quantizer is None else quantizer(x), *args)
+
+
+class _ComputedRecurrent(_Computed):
+    def forward(self, *args):
+        # Recurrent layers read their weights from this list, in this order.
+        self._flat_weights = [
+            self.sources[name]() if name in self.sources else self._parameters[name]
+            for name in self._flat_weights_names
+        ]
+        try:
+            return super().forward(*args)
+        finally:
+            self._flat_weights = []
+
+
+class ComputedLinear(_Computed, nn.Linear): ...
+
+
+class ComputedConv1d(_Computed, nn.Conv1d): ...
+
+
+class ComputedConv2d(_Computed, nn.Conv2d): ...
+
+
+class ComputedConv3d(_Computed, nn.Conv3d): ...
+
+
+class ComputedConvTranspose1d(_Computed, nn.ConvTranspose1d): ...
+
+
+class ComputedConvTranspose2d(_Computed, nn.ConvTranspose2d): ...
+
+
+class ComputedConvTranspose3d(_Computed, nn.ConvTranspose3d): ...
+
+
+class ComputedEmbedding(_Computed, nn.Embedding): ...
+
+
+class ComputedLSTM(_ComputedRecurrent, nn.LSTM): ...
+
+
+class ComputedGRU(_ComputedRecurrent, nn.GRU): ...
+
+
+# Exact types only: a subclass may use its weight in ways of its own, and is left alone.
+_CLASSES = {
+    cls.__bases__[1]: cls
+    for cls in (
+        ComputedLinear, ComputedConv1d, ComputedConv2d, ComputedConv3d, ComputedConvTranspose1d,
+        ComputedConvTranspose2d, ComputedConvTranspose3d, ComputedEmbedding, ComputedLSTM,
+        ComputedGRU,
+    )
+}  # fmt: skip
+LINEAR = (nn.Linear,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT = (nn.LSTM, nn.GRU)
+
+
+def layer_type(layer: nn.Module) -> type[nn.Module] | None:
+    """The plain torch type of a layer that can have computed weights, else None."""
+    cls = type(layer)
+    if isinstance(layer, _Computed):
+        return cls.__bases__[1]
+    return cls if cls in _CLASSES else None
+
+
+def weight_names(layer: nn.Module) -> list[str]:
+    """Names of the weights (not biases) of a layer that can be computed."""
+    if isinstance(layer, RECURRENT):
+        return [name for name in layer._flat_weights_names if name.startswith("weight")]
+    return ["weight"]
+
+
+def compute_weight(layer: nn.Module, name: str, source: nn.Module) -> None:
+    """From now on, ``layer``'s weight ``name`` is what ``source()`` returns."""
+    if not isinstance(layer, _Computed):
+        layer.__class__ = _CLASSES[type(layer)]
+        layer.sources = nn.ModuleDict()
+    if name in layer._parameters:
+        del layer._parameters[name]
+    if isinstance(layer, RECURRENT):
+        layer._flat_weights = []
+    layer.sources[name] = source
+
+
+def source_of(layer: nn.Module, name: str) -> nn.Module | None:
+    """The source that computes this weight, or None for a plain parameter."""
+    return layer.sources[name] if isinstance(layer, _Computed) and name in layer.sources else None
+
+
+def weight_of(layer: nn.Module, name: str) -> Tensor:
+    """The dense weight, whether it is a parameter or computed."""
+    source = source_of(layer, name)
+    return layer._parameters[name] if source is None else source()
+
+
+def make_dense(layer: nn.Module) -> None:
+    """Turn computed weights back into plain parameters that hold the same values."""
+    if not isinstance(layer, _Computed):
+        return
+    sources = dict(layer.sources.items())
+    del layer.sources
+    layer.__class__ = layer_type(layer)
+    for name, source in sources.items():
+        layer.register_parameter(name, nn.Parameter(source().detach().clone()))
+    if isinstance(layer, RECURRENT):
+        layer._flat_weights = [layer._parameters[name] for name in layer._flat_weights_names]
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and bias of ``model`` by name, dense, and each shared one once."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        if _inside_source(prefix):
+            continue
+        entries = {name: p for name, p in module._parameters.items() if p is not None}
+        if isinstance(module, _Computed):
+            entries |= dict(module.sources.items())
+        for name, entry in entries.items():
+            if id(entry) in seen:
+                continue
+            seen.add(id(entry))
+            value = entry() if isinstance(entry, nn.Module) else entry
+            yield f"{prefix}.{name}" if prefix else name, value.detach()
+
+
+def _inside_source(prefix: str) -> bool:
+    return "sources" in prefix.split(".")

@@ -1,0 +1,130 @@
+"""Training that knows about the rounding to come.
+
+The weights stay in float while the forward pass sees them rounded; the gradient passes the rounding
+as if it were not there (straight-through). See notebook 02.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from workbench.compress.computed import (
+    TRANSPOSED,
+    compute_weight,
+    copy_of,
+    layer_type,
+    source_of,
+    weight_names,
+    weight_of,
+)
+from workbench.compress.grid import Granularity, Grid, from_rows, to_rows
+from workbench.compress.quantization import check_model, finish, layers_of, reasons_left
+from workbench.compress.quantizers import QuantizedWeight
+from workbench.data import Task
+from workbench.training import ADAMW, fit
+
+
+def quantize_aware(
+    model: nn.Module,
+    task: Task,
+    *,
+    bits: int = 4,
+    granularity: Granularity = "channel",
+    group_size: int = 64,
+    epochs: int = 1,
+    batch_size: int = 128,
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    """Weights of 1 to 8 bits, as `workbench.compress.quantize_weights`, after training for them.
+
+    From 2 bits on, the scales are trained together with the weights (LSQ); 1 bit is the sign and
+    the mean size of the weights of a channel (XNOR-Net). Activations stay in float: give the result
+    to `workbench.compress.quantize_static` where they are to be rounded as well.
+
+    Args:
+        epochs, batch_size, optimizer, augment, device, seed, progress: as in
+            `workbench.training.fit`.
+
+    Raises:
+        ValueError: as `workbench.compress.quantize_weights` and `workbench.training.fit`.
+
+    References: Esser et al. (2020), "Learned step size quantization"; Rastegari et al. (2016),
+    "XNOR-Net"; Bengio, Leonard and Courville (2013), "Estimating or propagating gradients through
+    stochastic neurons".
+    """
+    grid = Grid(bits, granularity, group_size=group_size)
+    work = copy_of(model)
+    check_model(work, skip)
+    layers = {name: layer for name, layer in layers_of(work).items() if name not in skip}
+    trained: dict[object, TrainedGrid] = {}  # a weight that layers share is trained once
+    for layer in layers.values():
+        for name in weight_names(layer):
+            original = source_of(layer, name) or layer._parameters[name]
+            if original not in trained:
+                axis = 1 if layer_type(layer) in TRANSPOSED else 0
+                trained[original] = TrainedGrid(weight_of(layer, name), grid, axis)
+            compute_weight(layer, name, trained[original])
+    fit(
+        work,
+        task,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        augment=augment,
+        device=device,
+        seed=seed,
+        progress=progress,
+    )
+    rounded = {source: source.rounded() for source in trained.values()}
+    for layer in layers.values():
+        for name in weight_names(layer):
+            compute_weight(layer, name, rounded[source_of(layer, name)])
+    left = reasons_left(work, layers, skip, "")
+    step = "binary weights" if grid.binary else f"{grid.describe()} weights"
+    return finish(work, model, f"{step}, trained", layers, left)
+
+
+class TrainedGrid(nn.Module):
+    """The source of a weight that is trained in float and seen rounded."""
+
+    def __init__(self, weight: Tensor, grid: Grid, axis: int):
+        super().__init__()
+        self.grid, self.axis = grid, axis
+        self.weight = nn.Parameter(weight.detach().clone())
+        if not grid.binary:
+            rows = to_rows(self.weight.detach().float(), axis, grid)
+            scale = 2 * rows.abs().mean(-1) / math.sqrt(grid.codes[1])  # where LSQ starts
+            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+            # Trained as a logarithm: it stays positive, and a step changes it by a share of itself.
+            self.log_scale = nn.Parameter(scale.log())
+
+    def forward(self) -> Tensor:
+        if self.grid.binary:
+            dense = self.rounded()().to(self.weight.dtype)
+            return self.weight + (dense - self.weight).detach()
+        rows = to_rows(self.weight, self.axis, self.grid)  # (rows, groups, values)
+        # LSQ scales the gradient of each scale by how many weights and levels it serves.
+        share = 1 / math.sqrt(rows.shape[-1] * self.grid.codes[1])
+        scale = (self.log_scale * share + (self.log_scale * (1 - share)).detach()).exp()[..., None]
+        codes = (rows / scale).clamp(*self.grid.codes)
+        codes = codes + (codes.round() - codes).detach()  # straight through the rounding
+        return from_rows(codes * scale, self.weight.shape, self.axis).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def rounded(self) -> QuantizedWeight:
+        """The weight as it will be stored."""
+        if self.grid.binary:
+            return QuantizedWeight.of(self.weight, self.grid, self.axis)
+        scale = self.log_scale.exp()
+        rows = to_rows(self.weight.float(), self.axis, self.grid)
+        codes = (rows / scale[..., None]).clamp(*self.grid.codes).round().long()
+        codes = from_rows(codes, self.weight.shape, self.axis)
+        zero_point = torch.zeros_like(scale)
+        return QuantizedWeight(codes, scale.to(self.weight.dtype), zero_point, self.grid, self.axis)
