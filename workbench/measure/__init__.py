@@ -1,0 +1,36 @@
+"""The evidence: bytes, counts, latency and accuracy, each with how sure one can be of it."""
+
+from workbench.measure.accuracy import interval, paired_p_value, several_seeds
+from workbench.measure.comparison import compare
+from workbench.measure.hardware import Hardware, hardware
+from workbench.measure.latency import Latency, measure_latency, verdict
+from workbench.measure.size import (
+    artifact_bytes,
+    compression_ratio,
+    density,
+    macs,
+    nonzeros,
+    parameters,
+    peak_memory_bytes,
+    sparsity,
+)
+
+__all__ = [
+    "Hardware",
+    "Latency",
+    "artifact_bytes",
+    "compare",
+    "compression_ratio",
+    "density",
+    "hardware",
+    "interval",
+    "macs",
+    "measure_latency",
+    "nonzeros",
+    "paired_p_value",
+    "parameters",
+    "peak_memory_bytes",
+    "several_seeds",
+    "sparsity",
+    "verdict",
+]
