@@ -1,0 +1,169 @@
+"""Exercises at the end of a notebook: an answer is checked, and a wrong one gets a hint.
+
+An answer may be a number, a text, a tensor or a function. Each exercise is one entry of
+`EXERCISES`; `close_to`, `text_is` and `returns` make the usual checks.
+"""
+
+import html
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+Check = Callable[[object], bool]
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """``why`` follows a right answer, ``hint`` any other. A check may raise: that is not right."""
+
+    check: Check
+    why: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What `check` says; ``right`` is None while there is no answer."""
+
+    number: str
+    right: bool | None
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.number}: {self.text}"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{html.escape(self.number)}</b>: {html.escape(self.text)}</p>"
+
+
+def check(number: str, answer: object) -> Feedback:
+    """Look at the answer to an exercise and say "not answered yet", "right", or give a hint.
+
+    Raises:
+        ValueError: there is no exercise of this number. An answer never makes it raise.
+
+    >>> check("01.1", ...)
+    01.1: not answered yet
+    """
+    if number not in EXERCISES:
+        raise ValueError(f"there is no exercise {number!r}; known are {', '.join(EXERCISES)}")
+    if answer is ...:
+        return Feedback(number, None, "not answered yet")
+    exercise = EXERCISES[number]
+    try:
+        right, trouble = bool(exercise.check(answer)), ""
+    except Exception as error:  # whatever a learner's answer does, it gets a hint
+        right, trouble = False, f" ({type(error).__name__}: {error})"
+    if right:
+        return Feedback(number, True, f"right. {exercise.why}")
+    return Feedback(number, False, f"not yet{trouble}. Hint: {exercise.hint}")
+
+
+def close_to(expected: object, *, relative: float = 0.01, absolute: float = 1e-9) -> Check:
+    """The answer is a number, or an array, list or tensor of this shape, near ``expected``."""
+
+    def close(answer: object) -> bool:
+        found, wanted = _numbers(answer), _numbers(expected)
+        return found.shape == wanted.shape and np.allclose(
+            found, wanted, rtol=relative, atol=absolute
+        )
+
+    return close
+
+
+def text_is(*expected: str) -> Check:
+    """The answer is one of these texts; case, spaces, hyphens and underscores do not count."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c not in " -_")
+
+    return lambda answer: isinstance(answer, str) and plain(answer) in map(plain, expected)
+
+
+def returns(cases: Iterable[tuple[Sequence, object]], *, relative: float = 1e-4) -> Check:
+    """The answer is a function that gives ``result`` for ``arguments`` in each of the cases."""
+    cases = list(cases)
+
+    def works(answer: Callable) -> bool:
+        return all(
+            close_to(result, relative=relative)(answer(*arguments)) for arguments, result in cases
+        )
+
+    return works
+
+
+def _numbers(value: object) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    if isinstance(value, (tuple, list)):
+        value = [_numbers(item) for item in value]
+    return np.asarray(value, dtype=float)
+
+
+def _uint8_grid(low: float, high: float) -> tuple[float, int]:
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    return scale, round(-low / scale)
+
+
+def _mcnemar(b: int, c: int) -> float:
+    return float(binomtest(b, b + c).pvalue)
+
+
+EXERCISES = {
+    "00.1": Exercise(
+        close_to(77_754 * 4 / 8, relative=0.001),
+        why="Two weights share a byte. The real file is larger: it also holds scales, biases, "
+        "batch norms and a header.",
+        hint="a byte has 8 bits.",
+    ),
+    "00.2": Exercise(
+        text_is("convolution", "convolutions", "convolutional", "conv", "conv2d"),
+        why="Dynamic kernels exist for products of matrices, that is for linear and recurrent "
+        "layers; a convolution needs ranges that are known beforehand.",
+        hint="look at the column `type` of compress.coverage(int8_dynamic).",
+    ),
+    "01.1": Exercise(
+        close_to(math.ceil(0.9 * 0.1 * 1.96**2 / 0.005**2), relative=0.1),
+        why="p (1 - p) · 1.96² / 0.005² is about 13,830: even 10,000 test images leave an "
+        "uncertainty of ±0.6 points.",
+        hint="half of the interval is 1.96 · sqrt(p (1 - p) / n); set it to 0.005 with p = 0.9 "
+        "and solve for n.",
+    ),
+    "01.2": Exercise(
+        returns([((b, c), _mcnemar(b, c)) for b, c in ((10, 10), (15, 5), (5, 15), (60, 31))]),
+        why="Only disagreements count, and under the hypothesis each is the toss of a coin.",
+        hint="of b + c tosses of a fair coin, how likely is a result at least as far from the "
+        "middle as b? binomtest(b, b + c).pvalue answers that.",
+    ),
+    "01.3": Exercise(
+        close_to(1 / (0.4 + 0.6 / 4)),
+        why="1 / (0.4 + 0.6 / 4) is about 1.82: the part that did not get faster decides. This is "
+        "Amdahl's law (1967).",
+        hint="let the whole take 1. What does the fast part take now, and what the rest?",
+    ),
+    "02.1": Exercise(
+        returns(
+            [(bounds, _uint8_grid(*bounds))
+             for bounds in ((-1.0, 3.0), (-0.3, 0.1), (-5.0, 5.5), (0.5, 2.0), (-4.0, -1.0))]
+        ),
+        why="The range is stretched to hold 0, cut into 255 steps, and 0 lands on a code of its "
+        "own: zero padding and ReLU stay exact.",
+        hint="first stretch the range so that 0 lies in it: low = min(low, 0), high = max(high, "
+        "0). The scale is (high - low) / 255, and the zero point, an integer, is the code of 0.",
+    ),
+    "02.2": Exercise(
+        close_to(64 * 64 * 4 / 8 + 64 * 64 / 32 * 4, relative=0.001),
+        why="2,048 bytes of codes and 512 of scales: five bits a weight, not four.",
+        hint="count the codes first (4 bits each), then one scale of 4 bytes for every 32 weights.",
+    ),
+    "02.3": Exercise(
+        close_to(1 / (1 / 4 + 1 / 2)),
+        why="1 / (1/4 + 1/2) is 1.33; on a smaller layer, where rounding takes longer than the "
+        "product, int8 is slower.",
+        hint="let the float32 layer take 1. The product now takes 1/4; add the rounding.",
+    ),
+}  # fmt: skip

@@ -1,0 +1,587 @@
+"""Pictures of what a technique did: the trade-off, the weights, the answers, a curve.
+
+Each function draws one picture from data that the notebook can assert on, and returns it. The
+pictures share a palette that colour-blind readers can tell apart (Okabe and Ito, 2008, "Color
+Universal Design") and give each technique a marker of its own.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
+from torch import Tensor, nn
+
+from workbench.compress import computed
+from workbench.data import Task
+from workbench.explore import labels
+from workbench.training import evaluation_mode
+
+BLACK, GREY, FAINT = "#000000", "0.45", "0.82"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("s", "^", "D", "v", "P", "X", "p")
+UNTOUCHED = "no technique"  # the family of a model as it is
+_STYLE = {"font.size": 11.5, "axes.spines.top": False, "axes.spines.right": False}
+
+
+class Picture(Figure):
+    """A figure that a notebook shows exactly once: pyplot does not know of it."""
+
+    def __init__(self, width_inches: float, height_inches: float):
+        super().__init__(figsize=(width_inches, height_inches), layout="constrained", dpi=100)
+        FigureCanvasAgg(self)
+
+    def png(self, *, dpi: int = 100) -> bytes:
+        """The picture as the bytes of a PNG file."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=dpi)
+        return buffer.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+def tradeoff(
+    frame: pd.DataFrame, *, keep: Collection[str] | None = None, winner: str | None = None
+) -> Picture:
+    """Score against size and against latency: what each candidate gives, and what it costs.
+
+    Bars are the intervals of the frame, dashed lines the baseline, the stepped line the Pareto
+    front (see `pareto_front`). Hollow markers are simulated candidates. A name that has no room
+    is left out.
+
+    Args:
+        frame: from `workbench.measure.compare`; at least the columns ``name``, ``technique``,
+            ``simulated``, ``size_bytes``, ``score`` and ``latency_ms``.
+        keep: names of the candidates to show in colour, by default all.
+        winner: name of a candidate to ring.
+
+    Raises:
+        ValueError: a column is missing, or no candidate has been measured.
+    """
+    frame = ready(frame)
+    measured = frame[frame["score"].notna()]
+    if measured.empty:
+        raise ValueError("no candidate of the frame has a score; see its error column")
+    kept = measured if keep is None else measured[measured["name"].isin(list(keep))]
+    with rc_context(_STYLE):
+        picture = Picture(9, 4.4)
+        left, right = picture.subplots(1, 2, sharey=True)
+        panels = {"size_bytes": left, "latency_ms": right}
+        bars = {cost: _points(axes, measured, kept, cost) for cost, axes in panels.items()}
+        left.set_ylabel(score_label(frame))
+        if is_percent(frame):
+            left.yaxis.set_major_formatter(FuncFormatter(_percent))
+        _legend(picture, measured)
+        lost = [name for name in frame["name"] if name not in set(measured["name"])]
+        if lost:
+            footnote = _shortened(f"Not shown, could not be measured: {', '.join(lost)}", 110)
+            picture.supxlabel(footnote, x=0.01, ha="left", fontsize=10, color=GREY)
+        picture.draw_without_rendering()  # settles the layout; names are placed into it
+        picture.set_layout_engine("none")
+        for cost, axes in panels.items():
+            _names(axes, measured, kept, cost, winner, bars[cost])
+    return picture
+
+
+def pareto_front(frame: pd.DataFrame, cost: str = "size_bytes") -> list[str]:
+    """Names of the candidates that no other beats on both cost and score, cheapest first.
+
+    ``cost`` is a column where less is better. A simulated candidate has no speed to offer, so it
+    is never on the front of a latency; its size is real.
+    """
+    frame = ready(frame, [*NEEDED, cost])
+    rows = frame[frame[cost].notna() & frame["score"].notna()]
+    if cost.startswith("latency"):
+        rows = rows[~rows["simulated"]]
+    better = rows["score"] if is_higher_better(frame) else -rows["score"]
+    rows = rows.assign(_better=better).sort_values([cost, "_better"], ascending=[True, False])
+    front, best, best_cost = [], -math.inf, None
+    for name, price, gain in zip(rows["name"], rows[cost], rows["_better"], strict=True):
+        if gain > best or (gain == best and price == best_cost):
+            front.append(name)
+            best, best_cost = gain, price
+    return front
+
+
+def weights(
+    before: nn.Module | Tensor, after: nn.Module | Tensor | None = None, *, layer: str | None = None
+) -> Picture:
+    """How the weights of one layer are spread, before and after a technique.
+
+    Where a technique left at most 64 different values, each is drawn as a line of its own.
+
+    Args:
+        before, after: a model or a tensor.
+        layer: name of a layer or of a weight, by default the largest weight of ``before``.
+
+    Raises:
+        ValueError: the model has no such layer, or no weight at all.
+    """
+    if layer is None and isinstance(before, nn.Module):
+        layer = _largest_weight(before)
+    values = {"before": _values(before, layer)}
+    if after is not None:
+        values["after"] = _values(after, layer)
+    with rc_context(_STYLE):
+        picture = Picture(7, 2 + 1.6 * len(values))
+        rows = picture.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+        edges = np.linspace(*_range(values["before"]), 81)
+        for axes, (title, weight), colour in zip(rows, values.items(), COLOURS, strict=False):
+            flat = weight.flatten().numpy()
+            levels, counts = np.unique(flat, return_counts=True)
+            # A value that over half of the weights have, as a rule zero, would hide the others.
+            log = counts.max() > len(flat) / 2
+            if len(levels) <= 64:
+                axes.vlines(levels, 0.5 if log else 0, counts, color=colour, linewidth=2)
+                axes.plot(levels, counts, "o", color=colour, markersize=4)
+            else:
+                axes.hist(flat, bins=edges, color=colour)
+            axes.set_yscale("log" if log else "linear")
+            axes.set_ylim(bottom=0.5 if log else 0)
+            axes.set_ylabel("weights (log)" if log else "weights")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+            text = f"{title}: {_spread(weight)}"
+            axes.set_title(text, loc="left", fontsize=10)
+        where = f" in layer {layer.removesuffix('.weight')}" if layer else ""
+        rows[-1].set_xlabel(f"value of a weight{where}")
+    return picture
+
+
+def answer_changes(
+    task: Task, before: Callable[..., Tensor], after: Callable[..., Tensor], *, split: str = "test"
+) -> pd.DataFrame:
+    """The examples whose answer is not the same before and after a technique, one row each.
+
+    Columns: ``index`` in the split, ``target``, the answers ``before`` and ``after`` (label names
+    where the task has them), and ``kind``: "fixed" (wrong, then right), "broken" (right, then
+    wrong) or "other" (wrong both times).
+
+    Raises:
+        ValueError: the models do not give one answer per example.
+    """
+    return _changes(task, before, after, split)[0]
+
+
+def confusion_change(
+    task: Task, before: Callable[..., Tensor], after: Callable[..., Tensor], *, split: str = "test"
+) -> Picture:
+    """Which answers a technique changed: how often each one became each other.
+
+    Beside the matrix, what the changes did to the score; below, where the inputs are images, the
+    first that were right and are now wrong. The rows behind it come from `answer_changes`.
+    """
+    changes, images = _changes(task, before, after, split)
+    broken = changes.index[changes["kind"] == "broken"][:8]
+    thumbnails = [(changes.loc[row], images[row]) for row in broken if row in images]
+    with rc_context(_STYLE):
+        picture = Picture(9, 6.3 if thumbnails else 4.8)
+        parts = picture.subfigures(2, 1, height_ratios=(3.2, 1)) if thumbnails else [picture]
+        matrix, summary = parts[0].subplots(1, 2, width_ratios=(1.5, 1))
+        _matrix(matrix, changes, _classes(task, changes))
+        _summary(summary, changes)
+        if thumbnails:
+            parts[1].suptitle("right before, wrong after", fontsize=10, x=0.01, ha="left")
+            for axes in (row := parts[1].subplots(1, 8)):
+                axes.set_axis_off()
+            for axes, (change, image) in zip(row, thumbnails, strict=False):
+                axes.imshow(image, cmap="gray_r" if image.ndim == 2 else None)
+                axes.set_title(f"{change['before']}\n→ {change['after']}", fontsize=9)
+    return picture
+
+
+def curve(
+    frame: pd.DataFrame,
+    x: str,
+    y: str = "score",
+    by: str | None = None,
+    *,
+    references: Mapping[str, float] | None = None,
+    x_label: str | None = None,
+    y_label: str | None = None,
+) -> Picture:
+    """One line per value of ``by``: column ``y`` against column ``x``, with reference lines.
+
+    Bars are drawn where the frame has the interval, as ``score_low`` and ``score_high`` or
+    ``latency_low_ms`` and ``latency_high_ms``. ``references`` maps a name, such as "float32" or
+    "chance", to the value of ``y`` at which a dashed line is drawn.
+
+    >>> accuracy = pd.DataFrame({"bits": [8, 4, 2], "score": [0.91, 0.90, 0.55]})
+    >>> curve(accuracy, "bits", references={"chance": 0.1})
+    <Picture size 700x400 with 1 Axes>
+    """
+    _check_columns(frame, [x, y, *([by] if by else [])])
+    groups = [("", frame)] if by is None else frame.groupby(by, sort=False)
+    low, high = interval_columns(y)
+    with rc_context(_STYLE):
+        picture = Picture(7, 4)
+        axes = picture.subplots()
+        for i, (name, rows) in enumerate(groups):
+            rows = rows.sort_values(x)
+            error = None
+            if low in rows and high in rows:
+                error = [rows[y] - rows[low], rows[high] - rows[y]]
+            axes.errorbar(
+                rows[x], rows[y], yerr=error, label=str(name), color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)], capsize=3, linewidth=1.6,
+            )  # fmt: skip
+        for i, (name, value) in enumerate((references or {}).items()):
+            line = (0, ((5, 3), (1, 2), (5, 2, 1, 2))[i % 3])
+            axes.axhline(value, color=GREY, linestyle=line, linewidth=1.2, label=name)
+        if pd.api.types.is_integer_dtype(frame[x]):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(x_label or x.replace("_", " "))
+        axes.set_ylabel(y_label or (score_label(frame) if y == "score" else y.replace("_", " ")))
+        if y == "score" and is_percent(frame):
+            axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        if by or references:
+            handles, names = axes.get_legend_handles_labels()  # reference lines come first
+            count = len(references or {})
+            axes.legend(
+                handles[count:] + handles[:count], names[count:] + names[:count], frameon=False
+            )
+    return picture
+
+
+def family(technique: str) -> str:
+    """A technique without its settings: what shares a marker, and a tick box in the panel.
+
+    >>> family("int8 static per channel"), family("4-bit per group of 32, affine weights")
+    ('int8 static', 'k-bit weights')
+    """
+    if technique == "none":
+        return UNTOUCHED
+    settings = r"\([^()]*\)| per (group of \d+|\w+)|, affine|: nothing quantized"
+    return re.sub(r"\b\d+-bit\b", "k-bit", re.sub(settings, "", str(technique))).strip()
+
+
+def baseline(frame: pd.DataFrame) -> pd.Series | None:
+    """The row that the others are compared with: the one whose verdict says so.
+
+    A frame without verdicts has its baseline first. None if the baseline is not there, or could
+    not be measured.
+    """
+    rows = frame[frame["verdict"] == "baseline"] if "verdict" in frame else frame[:1]
+    rows = rows[rows["score"].notna()]
+    return rows.iloc[0] if len(rows) else None
+
+
+def is_higher_better(frame: pd.DataFrame) -> bool:
+    """Whether a higher score is better; yes, where the frame does not say."""
+    known = frame["higher_is_better"].dropna() if "higher_is_better" in frame else []
+    return bool(known.iloc[0]) if len(known) else True
+
+
+def is_percent(frame: pd.DataFrame) -> bool:
+    """Whether scores are proportions, shown in per cent: all from 0 to 1, and higher is better."""
+    return is_higher_better(frame) and bool(
+        pd.to_numeric(frame["score"]).dropna().between(0, 1).all()
+    )
+
+
+def score_label(frame: pd.DataFrame) -> str:
+    """The metric's name with its unit or, where less is better, that it is so."""
+    name = frame["metric"].iloc[0] if "metric" in frame else "score"
+    if is_percent(frame):
+        return f"{name} (%)"
+    return name if is_higher_better(frame) else f"{name} (lower is better)"
+
+
+NEEDED = ("name", "technique", "simulated", "size_bytes", "score", "latency_ms")
+
+
+def ready(frame: pd.DataFrame, needed: Collection[str] = NEEDED) -> pd.DataFrame:
+    """The frame with numbers as numbers and ``simulated`` as true or false.
+
+    Raises:
+        ValueError: a needed column is missing, or there is no row.
+    """
+    _check_columns(frame, needed)
+    numbers = {name: pd.to_numeric(frame[name]) for name in ("size_bytes", "score", "latency_ms")}
+    return frame.assign(**numbers, simulated=frame["simulated"].eq(True))
+
+
+def _check_columns(frame: pd.DataFrame, needed: Collection[str]) -> None:
+    missing = [column for column in needed if column not in frame]
+    if missing:
+        raise ValueError(
+            f"the frame has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}. "
+            "Make it with workbench.measure.compare"
+        )
+    if frame.empty:
+        raise ValueError("the frame has no rows; give it at least one candidate")
+
+
+def _percent(value: float, _position: int = 0) -> str:
+    return f"{100 * value:.6g}"
+
+
+def interval_columns(column: str) -> tuple[str, str]:
+    """``score`` -> ``score_low``; ``latency_ms`` -> ``latency_low_ms``: the unit comes last."""
+    stem, _, unit = column.rpartition("_")
+    if unit in ("ms", "bytes"):
+        return f"{stem}_low_{unit}", f"{stem}_high_{unit}"
+    return f"{column}_low", f"{column}_high"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _looks(frame: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each family of techniques, in the order of the frame."""
+    families = dict.fromkeys(map(family, frame["technique"]))
+    looks = {UNTOUCHED: (BLACK, "o")} if UNTOUCHED in families else {}
+    for i, name in enumerate(f for f in families if f != UNTOUCHED):
+        looks[name] = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    return looks
+
+
+def _points(axes: Axes, measured: pd.DataFrame, kept: pd.DataFrame, cost: str) -> list[Bbox]:
+    """Draw one panel without its names; give back where its bars are."""
+    everything, measured = measured, measured[measured[cost].notna()]
+    scale, unit = _unit(measured, cost)
+    axes.set_xlabel(f"latency ({unit})" if unit == "ms" else f"size of the saved model ({unit})")
+    if measured.empty:
+        return []
+    looks = _looks(everything)
+    kept_names = set(kept["name"])
+    bars = []
+    for _, row in measured.iterrows():
+        colour, marker = looks[family(row["technique"])]
+        lively = row["name"] in kept_names
+        colour = colour if lively else FAINT
+        intervals = _bars(axes, row, cost, scale, colour)  # of all, so that the axes never move
+        bars += intervals if lively else []
+        axes.plot(
+            row[cost] * scale, row["score"], marker, color=colour, markersize=8,
+            markerfacecolor="white" if row["simulated"] else colour, markeredgewidth=1.6,
+            zorder=4 if lively else 2,
+        )  # fmt: skip
+    front = kept.set_index("name").loc[pareto_front(kept, cost) if len(kept) else []]
+    xs, ys = (front[cost] * scale).tolist(), front["score"].tolist()
+    if len(front) > 1:
+        axes.step(xs, ys, where="post", color=GREY, linewidth=1.4, zorder=1.5)
+        for i in range(len(xs) - 1):
+            bars.append(Bbox([[xs[i], ys[i]], [xs[i + 1], ys[i]]]))
+            bars.append(Bbox([[xs[i + 1], ys[i]], [xs[i + 1], ys[i + 1]]]))
+    axes.margins(0.16, 0.14)
+    spread = measured[cost].max() / measured[cost].min()
+    if spread > 8:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 100 else (1, 3)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    if (reference := baseline(measured)) is not None:
+        x, y = reference[cost] * scale, reference["score"]
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        axes.axhline(y, color=GREY, linestyle="--", linewidth=0.9, zorder=1)
+        axes.axvline(x, color=GREY, linestyle="--", linewidth=0.9, zorder=1)
+        bars += [Bbox([[left, y], [right, y]]), Bbox([[x, bottom], [x, top]])]
+    return bars
+
+
+def _unit(rows: pd.DataFrame, cost: str) -> tuple[float, str]:
+    """What to multiply a cost by for its axis, and the unit it then has."""
+    if cost == "latency_ms":
+        return 1.0, "ms"
+    return (1e-6, "MB") if rows[cost].max() >= 1e7 else (1e-3, "kB")
+
+
+def _bars(axes: Axes, row: pd.Series, cost: str, scale: float, colour: str) -> list[Bbox]:
+    """Draw the intervals of one candidate, where it has them."""
+    x, y = row[cost] * scale, row["score"]
+    cost_low, cost_high = (row.get(column, math.nan) for column in interval_columns(cost))
+    low, high = (row.get(column, math.nan) for column in interval_columns("score"))
+    style = {"color": colour, "linewidth": 1.1, "alpha": 0.7, "zorder": 1.8}
+    bars = []
+    if np.isfinite(low) and np.isfinite(high):
+        axes.plot([x, x], [low, high], **style)
+        bars.append(Bbox([[x, low], [x, high]]))
+    if np.isfinite(cost_low) and np.isfinite(cost_high):
+        axes.plot([cost_low * scale, cost_high * scale], [y, y], **style)
+        bars.append(Bbox([[cost_low * scale, y], [cost_high * scale, y]]))
+    return bars
+
+
+def _names(
+    axes: Axes,
+    measured: pd.DataFrame,
+    kept: pd.DataFrame,
+    cost: str,
+    winner: str | None,
+    bars: list[Bbox],
+) -> None:
+    scale, _ = _unit(measured, cost)
+    kept, measured = (rows[rows[cost].notna()] for rows in (kept, measured))
+    if kept.empty:
+        return
+    reference = baseline(measured)
+    first = [winner, None if reference is None else reference["name"], *pareto_front(kept, cost)]
+    order = sorted(
+        kept.itertuples(), key=lambda row: first.index(row.name) if row.name in first else 99
+    )
+    texts = []
+    for row in order:
+        bold = row.name == winner
+        x = getattr(row, cost) * scale
+        texts.append(labels.Label(x, row.score, _shortened(row.name, 28), bold))
+        if bold:
+            axes.plot(
+                x, row.score, "o", markersize=17, markerfacecolor="none", markeredgecolor=BLACK,
+                markeredgewidth=1.6, zorder=5,
+            )  # fmt: skip
+    points = list(zip(measured[cost] * scale, measured["score"], strict=True))
+    labels.place(axes, texts, avoid=points, bars=bars)
+
+
+def _legend(picture: Picture, measured: pd.DataFrame) -> None:
+    point = {"linestyle": "", "markersize": 8}
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=_shortened(name, 40), **point)
+        for name, (colour, marker) in _looks(measured).items()
+    ]
+    if measured["simulated"].any():
+        hollow = {"markerfacecolor": "white", "markeredgewidth": 1.6}
+        handles.append(
+            Line2D([], [], color=GREY, marker="o", label="hollow: simulated", **point, **hollow)
+        )
+    if baseline(measured) is not None:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=0.9, label="baseline"))
+    if len(measured) > 1:
+        handles.append(Line2D([], [], color=GREY, linewidth=1.4, label="Pareto front"))
+    place = {"loc": "outside upper center", "frameon": False, "handletextpad": 0.4}
+    for columns in range(6, 0, -1):
+        legend = picture.legend(handles=handles, ncols=columns, columnspacing=1.4, **place)
+        if columns == 1 or legend.get_window_extent().width < 0.98 * picture.bbox.width:
+            return
+        legend.remove()
+
+
+def _largest_weight(model: nn.Module) -> str:
+    found = [(weight.numel(), name) for name, weight in computed.weights(model) if weight.ndim > 1]
+    if not found:
+        raise ValueError("the model has no weight of two or more dimensions; pass a tensor")
+    return max(found)[1]
+
+
+def _values(source: nn.Module | Tensor, layer: str | None) -> Tensor:
+    if isinstance(source, Tensor):
+        weight = source.detach()
+    elif isinstance(source, nn.Module):
+        known = dict(computed.weights(source))
+        weight = known.get(layer, known.get(f"{layer}.weight"))
+        if weight is None:
+            raise ValueError(f"layer is {layer!r}; this model has {', '.join(known)}")
+    else:
+        raise TypeError(f"expected a torch.nn.Module or a Tensor, not a {type(source).__name__}")
+    return weight.float().cpu()
+
+
+def _range(weight: Tensor) -> tuple[float, float]:
+    low, high = weight.min().item(), weight.max().item()
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def _spread(weight: Tensor) -> str:
+    distinct = len(weight.unique())
+    text = f"{distinct:,} different values"
+    if weight.ndim > 1:
+        most = max(len(channel.unique()) for channel in weight)
+        text += f", at most {most:,} in one output channel"
+    zeros = (weight == 0).float().mean().item()
+    return f"{text}, {zeros:.0%} zeros" if zeros > 0.005 else text
+
+
+def _changes(
+    task: Task, before: Callable[..., Tensor], after: Callable[..., Tensor], split: str
+) -> tuple[pd.DataFrame, dict[int, np.ndarray]]:
+    """Rows of `answer_changes`, and the images of the broken ones by row number."""
+    rows, images, start = [], {}, 0
+    with evaluation_mode(before), evaluation_mode(after), torch.no_grad():
+        for inputs, target in getattr(task, split).batches():
+            old, new = (_answers(model, inputs, target) for model in (before, after))
+            for i in (old != new).nonzero().flatten().tolist():
+                right = target[i].item()
+                was, now = old[i].item(), new[i].item()
+                kind = "fixed" if now == right else "broken" if was == right else "other"
+                if kind == "broken" and (image := _image(inputs[0][i])) is not None:
+                    images[len(rows)] = image
+                rows.append((start + i, *(_class_name(task, c) for c in (right, was, now)), kind))
+            start += len(target)
+    return pd.DataFrame(rows, columns=["index", "target", "before", "after", "kind"]), images
+
+
+def _answers(model: Callable[..., Tensor], inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
+    device = getattr(model, "device", "cpu")
+    if isinstance(model, nn.Module):
+        device = next((p.device for p in model.parameters()), "cpu")
+    output = model(*(x.to(device) for x in inputs))
+    if output.ndim != 2 or target.ndim != 1:
+        raise ValueError(
+            f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(target.shape)}; "
+            "changes of answers need one class per example: (batch, classes) and (batch,)"
+        )
+    return output.argmax(-1).cpu()
+
+
+def _image(x: Tensor) -> np.ndarray | None:
+    """(1, H, W) -> (H, W) and (3, H, W) -> (H, W, 3) scaled to 0..1; None for anything else."""
+    if x.ndim != 3 or x.shape[0] not in (1, 3):
+        return None
+    x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-9)
+    return (x[0] if x.shape[0] == 1 else x.movedim(0, -1)).cpu().numpy()
+
+
+def _class_name(task: Task, number: int) -> str | int:
+    return task.labels[number] if task.labels else number
+
+
+def _classes(task: Task, changes: pd.DataFrame) -> list:
+    """The classes of the matrix: all of a short list, else the twelve that changed most."""
+    answers = pd.concat([changes["before"], changes["after"]])
+    if 0 < len(task.labels) <= 12:
+        return list(task.labels)
+    return sorted(answers.value_counts().index[:12])
+
+
+def _matrix(axes: Axes, changes: pd.DataFrame, classes: list) -> None:
+    counts = pd.crosstab(changes["before"], changes["after"])
+    counts = counts.reindex(index=classes, columns=classes, fill_value=0).to_numpy()
+    axes.imshow(np.where(counts > 0, counts, np.nan), cmap="Blues", vmin=0)
+    for row, column in zip(*counts.nonzero(), strict=True):
+        count = counts[row, column]
+        dark = count > 0.6 * counts.max()
+        axes.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(len(classes)), classes, rotation=90)
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("answer after")
+    axes.set_ylabel("answer before")
+    axes.set_title("examples that changed their answer", fontsize=10, loc="left")
+
+
+def _summary(axes: Axes, changes: pd.DataFrame) -> None:
+    counts = changes["kind"].value_counts().reindex(["fixed", "broken", "other"], fill_value=0)
+    texts = ("wrong → right", "right → wrong", "wrong → other wrong")
+    colours = (COLOURS[2], COLOURS[1], GREY)
+    bars = axes.barh(texts, counts, color=colours, height=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel("examples")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    net = int(counts["fixed"] - counts["broken"])
+    axes.set_title(f"{len(changes):,} changed, net {net:+,} right", fontsize=10, loc="left")
