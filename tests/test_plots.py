@@ -1,0 +1,319 @@
+"""The pictures, checked by the data and the artists behind them."""
+
+import copy
+import itertools
+import math
+
+import frames
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
+from torch import nn
+
+from workbench import data, models
+from workbench.explore import plots
+
+
+def texts_of(axes):
+    """The names written beside points."""
+    return [text.get_text() for text in axes.texts]
+
+
+def legend_of(picture):
+    return [text.get_text() for text in picture.legends[0].get_texts()]
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return plots.tradeoff(frames.frame())
+
+
+def points(sizes, scores, *, higher_is_better=True, simulated=False):
+    names = [str(i) for i in range(len(sizes))]
+    return pd.DataFrame(
+        {"name": names, "technique": "none", "simulated": simulated, "size_bytes": sizes,
+         "score": scores, "latency_ms": sizes, "higher_is_better": higher_is_better}
+    )  # fmt: skip
+
+
+coordinates = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12)
+
+
+@given(coordinates, st.booleans())
+def test_front_is_what_no_other_candidate_beats(pairs, higher_is_better):
+    sizes, scores = zip(*pairs, strict=True)
+    frame = points(sizes, scores, higher_is_better=higher_is_better)
+    sign = 1 if higher_is_better else -1
+
+    def beaten(i):
+        return any(
+            sizes[j] <= sizes[i]
+            and sign * scores[j] >= sign * scores[i]
+            and (sizes[j], scores[j]) != (sizes[i], scores[i])
+            for j in range(len(sizes))
+        )
+
+    front = plots.pareto_front(frame)
+    assert set(front) == {str(i) for i in range(len(sizes)) if not beaten(i)}
+    assert [sizes[int(name)] for name in front] == sorted(sizes[int(name)] for name in front)
+
+
+def test_front_leaves_out_what_was_not_measured():
+    frame = points([1, 2, math.nan], [0.9, math.nan, 0.99])
+    assert plots.pareto_front(frame) == ["0"]
+
+
+def test_a_simulated_candidate_is_on_the_front_of_size_but_never_of_latency():
+    frame = points([1, 2], [0.9, 0.8], simulated=[True, False])
+    assert plots.pareto_front(frame, "size_bytes") == ["0"]
+    assert plots.pareto_front(frame, "latency_ms") == ["1"]
+
+
+def test_tradeoff_draws_every_measured_candidate_in_both_panels(picture):
+    for axes in picture.axes:
+        drawn = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+        assert len(drawn) == 7
+
+
+def test_tradeoff_names_every_candidate_that_has_room(picture):
+    for axes in picture.axes:
+        assert sorted(texts_of(axes)) == sorted(row[0] for row in frames.ROWS[:7])
+
+
+def test_names_cover_neither_each_other_nor_points(picture):
+    renderer = picture.canvas.get_renderer()
+    for axes in picture.axes:
+        boxes = [text_box(text, renderer) for text in axes.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        markers = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
+        for line in markers:
+            x, y = axes.transData.transform(line.get_xydata()[0])
+            assert not any(box.contains(x, y) for box in boxes)
+
+
+def text_box(annotation, renderer):
+    """The box of an annotation's text, without its leader line."""
+    annotation.update_positions(renderer)
+    return Text.get_window_extent(annotation, renderer)
+
+
+def test_failed_candidate_is_told_below_and_not_drawn(picture):
+    assert picture.get_supxlabel() == "Not shown, could not be measured: broken"
+    assert "int8 dynamic" not in legend_of(picture)
+
+
+def test_simulated_candidates_are_hollow_and_the_legend_says_so(picture):
+    axes = picture.axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert sorted(line.get_xdata()[0] for line in hollow) == [201.304, 372.416]
+    assert "hollow: simulated" in legend_of(picture)
+    real = frames.frame(frames.ROWS[:3])
+    assert "hollow: simulated" not in legend_of(plots.tradeoff(real))
+
+
+def test_techniques_differ_in_marker_and_colour():
+    rows = [(str(i), f"technique {'abcdefgh'[i]}", "eager", False, 1000.0 + i, 0.9, 1.0, "")
+            for i in range(8)]  # fmt: skip
+    lines = plots.tradeoff(frames.frame(rows)).axes[0].lines
+    looks = {(line.get_color(), line.get_marker()) for line in lines if line.get_marker() in "o"
+             or line.get_marker() in plots.MARKERS}  # fmt: skip
+    assert len(looks) == 8
+
+
+def test_baseline_is_drawn_where_the_verdict_says():
+    frame = frames.frame()
+    frame["verdict"] = ["1.0", "baseline", *[""] * 6]
+    lines = [line for line in plots.tradeoff(frame).axes[1].lines if line.get_linestyle() == "--"]
+    assert lines[1].get_xdata()[0] == frame["latency_ms"][1]
+
+
+def test_score_axis_says_what_is_better_and_in_which_unit(picture):
+    assert picture.axes[0].get_ylabel() == "accuracy (%)"
+    label = plots.tradeoff(frames.bits_frame()).axes[0].get_ylabel()
+    assert label == "bits per character (lower is better)"
+
+
+def test_axis_is_logarithmic_only_where_the_range_is_wide(picture):
+    size, latency = picture.axes
+    assert (size.get_xscale(), latency.get_xscale()) == ("log", "linear")
+
+
+def test_axes_stay_where_they_are_whatever_is_kept(picture):
+    some = plots.tradeoff(frames.frame(), keep=["fp32"], winner="fp32")
+    for a, b in zip(picture.axes, some.axes, strict=True):
+        assert a.get_xlim() == b.get_xlim()
+        assert a.get_ylim() == b.get_ylim()
+
+
+def test_what_is_not_kept_is_grey_and_without_a_name():
+    axes = plots.tradeoff(frames.frame(), keep=["fp32", "4 bits"]).axes[0]
+    assert sorted(texts_of(axes)) == ["4 bits", "fp32"]
+    faint = [line for line in axes.lines if line.get_marker() in ("o", "s", "^")
+             and line.get_color() == plots.FAINT]  # fmt: skip
+    assert len(faint) == 5
+
+
+def test_a_callable_without_a_size_is_shown_by_its_latency():
+    frame = frames.frame(frames.ROWS[:3])
+    frame.loc[2, "size_bytes"] = math.nan
+    size, latency = plots.tradeoff(frame).axes
+    assert "fp32, compiled" not in texts_of(size)
+    assert "fp32, compiled" in texts_of(latency)
+
+
+def test_tradeoff_of_only_the_needed_columns():
+    frame = frames.frame()[list(plots.NEEDED)]
+    assert plots.tradeoff(frame).png().startswith(b"\x89PNG")
+
+
+def test_tradeoff_says_which_column_is_missing():
+    with pytest.raises(ValueError, match="no column score, latency_ms; it has name"):
+        plots.tradeoff(frames.frame().drop(columns=["score", "latency_ms"]))
+
+
+def test_tradeoff_refuses_a_frame_with_nothing_measured():
+    with pytest.raises(ValueError, match="no candidate of the frame has a score"):
+        plots.tradeoff(frames.frame()[7:])
+    with pytest.raises(ValueError, match="no rows"):
+        plots.tradeoff(frames.frame()[:0])
+
+
+def test_pictures_leave_pyplot_and_its_settings_alone():
+    before = dict(plt.rcParams)
+    picture = plots.tradeoff(frames.frame())
+    assert plt.get_fignums() == []
+    assert dict(plt.rcParams) == before
+    assert picture._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("technique", "family"),
+    [("none", "no technique"), ("int8 static per tensor", "int8 static"),
+     ("4-bit per group of 64, affine weights", "k-bit weights"),
+     ("int8 dynamic per channel: nothing quantized", "int8 dynamic"),
+     ("prune(sparsity=0.9) + 2-bit per tensor weights", "prune + k-bit weights")],
+)  # fmt: skip
+def test_family_is_the_technique_without_its_settings(technique, family):
+    assert plots.family(technique) == family
+
+
+def test_weights_show_each_level_and_how_many_weights_have_it():
+    before = torch.linspace(-1, 1, 200).reshape(2, 100)
+    after = (before * 2).round() / 2  # five levels
+    picture = plots.weights(before, after)
+    levels, counts = picture.axes[1].lines[0].get_data()
+    expected = after.unique(return_counts=True)
+    np.testing.assert_array_equal(levels, expected[0])
+    np.testing.assert_array_equal(counts, expected[1])
+    assert picture.axes[0].patches  # 200 different values: a histogram
+
+
+def test_weights_of_a_layer_by_name_and_by_default_the_largest():
+    model = models.build("lenet-5")
+    assert plots.weights(model).axes[-1].get_xlabel() == "value of a weight in layer 7"
+    assert sum(bar.get_height() for bar in plots.weights(model, layer="0").axes[0].patches) == 500
+
+
+def test_weights_names_the_layers_when_there_is_no_such_one():
+    with pytest.raises(ValueError, match=r"layer is 'nine'; this model has 0.weight"):
+        plots.weights(models.build("lenet-5"), layer="nine")
+    with pytest.raises(ValueError, match="no weight of two or more dimensions"):
+        plots.weights(nn.Flatten())
+
+
+class Answers(nn.Module):
+    """Answers the class that its table gives for the first input value."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return nn.functional.one_hot(self.table[x.flatten(1)[:, 0].long()], 3).float()
+
+
+@pytest.fixture
+def changed():
+    """Six images whose answers go right, wrong, to another wrong one, or stay."""
+    x = torch.arange(6.0)[:, None, None, None].expand(6, 1, 4, 4).contiguous()
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    task = data.task((x, y), (x, y), validation=(x, y), labels=("a", "b", "c"))
+    return (
+        task,
+        Answers(torch.tensor([0, 1, 0, 1, 1, 2])),
+        Answers(torch.tensor([0, 2, 2, 2, 1, 2])),
+    )
+
+
+def test_answer_changes_are_sorted_into_kinds(changed):
+    frame = plots.answer_changes(*changed)
+    assert frame.to_dict("list") == {
+        "index": [1, 2, 3],
+        "target": ["b", "c", "a"],
+        "before": ["b", "a", "b"],
+        "after": ["c", "c", "c"],
+        "kind": ["broken", "fixed", "other"],
+    }
+
+
+def test_indices_go_on_through_the_batches(changed):
+    task, before, after = changed
+    x, y = (torch.cat([part] * 200) for part in task.test.source.tensors)
+    many = data.task((x, y), (x, y), validation=(x, y))
+    frame = plots.answer_changes(many, before, after)
+    assert frame["index"].tolist() == [6 * i + j for i in range(200) for j in (1, 2, 3)]
+
+
+def test_a_model_has_no_answer_that_differs_from_its_own(changed):
+    task, before, _ = changed
+    assert plots.answer_changes(task, before, copy.deepcopy(before)).empty
+    assert plots.confusion_change(task, before, before).png()
+
+
+def test_confusion_change_counts_each_pair_of_answers(changed):
+    picture = plots.confusion_change(*changed)
+    matrix, summary = picture.axes[:2]
+    cells = {text.get_position(): text.get_text() for text in matrix.texts}
+    assert cells == {(2, 0): "1", (2, 1): "2"}  # a -> c once, b -> c twice
+    assert [bar.get_width() for bar in summary.patches] == [1, 1, 1]
+    assert summary.get_title(loc="left") == "3 changed, net +0 right"
+
+
+def test_confusion_change_shows_the_images_that_broke(changed):
+    shown = [axes for axes in plots.confusion_change(*changed).axes[2:] if axes.images]
+    assert [axes.get_title() for axes in shown] == ["b\n→ c"]
+
+
+def test_answers_of_a_sequence_model_are_refused():
+    x = torch.zeros(4, 5)
+    task = data.task((x, x.long()), (x, x.long()), validation=(x, x.long()))
+    with pytest.raises(ValueError, match=r"one class per example: \(batch, classes\)"):
+        plots.answer_changes(task, lambda x: torch.zeros(len(x), 5, 3), lambda x: x)
+
+
+def test_curve_draws_one_line_with_bars_for_each_group():
+    rows = [{"bits": bits, "score": 0.1 * bits, "score_low": 0.09 * bits, "score_high": 0.11 * bits,
+             "by": by} for by in ("tensor", "channel") for bits in (8, 4, 2)]  # fmt: skip
+    picture = plots.curve(pd.DataFrame(rows), "bits", by="by", references={"chance": 0.1})
+    axes = picture.axes[0]
+    assert len(axes.containers) == 2
+    assert axes.containers[0].lines[0].get_xdata().tolist() == [2, 4, 8]
+    low = axes.containers[0].lines[2][0].get_segments()[0][0][1]
+    assert low == pytest.approx(0.18)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["tensor", "channel", "chance"]
+
+
+def test_curve_says_which_column_is_missing():
+    with pytest.raises(ValueError, match="no column bits"):
+        plots.curve(frames.frame(), "bits")
+
+
+def test_intervals_are_found_beside_their_column():
+    assert plots.interval_columns("latency_ms") == ("latency_low_ms", "latency_high_ms")
+    assert plots.interval_columns("speedup") == ("speedup_low", "speedup_high")
