@@ -36,7 +36,7 @@ def test_ellipsis_is_not_an_answer_yet(number):
 
 
 def test_an_unknown_exercise_is_refused():
-    with pytest.raises(ValueError, match=r"no exercise '99.1'; known are 01.1, "):
+    with pytest.raises(ValueError, match=r"no exercise '99.1'; known are 00.1, "):
         check("99.1", 1)
 
 
