@@ -34,6 +34,26 @@ def test_static_int8_runs_on_int8_kernels(runtime):
     assert torch.allclose(predictor(*inputs), small(*inputs), atol=0.02)
 
 
+def test_compiled_int8_stays_int8_for_other_shapes_and_threads():
+    model, inputs = two_inputs()
+    small = compress.quantize_static(model, [inputs])
+    predictor = deploy.prepare(small, "compiled", example_input=inputs)
+    kernels = []
+    compile_once = predictor._compile
+    predictor._compile = lambda *given: kernels.append(compile_once(*given))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for _ in range(2):
+                answer = predictor(*(x[:3] for x in inputs))
+                assert torch.allclose(answer, small(*(x[:3] for x in inputs)), atol=0.02)
+    finally:
+        torch.set_num_threads(threads)
+    assert kernels == 2 * [predictor.int8_kernels]
+    assert predictor.int8_kernels >= 2
+
+
 def test_a_resnet_runs_on_int8_convolutions_throughout():
     small = compress.quantize_static(models.build("resnet-8"), [BATCH])
     predictor = deploy.prepare(small, "onnxruntime", example_input=(BATCH,))

@@ -85,7 +85,8 @@ def prepare(
         runtime: "eager", "compiled" (`torch.compile` with frozen weights) or "onnxruntime".
         example_input: inputs of one example, each with a batch dimension.
         device: "cpu" or "cuda".
-        threads: of ONNX Runtime; PyTorch's own are set by ``torch.set_num_threads``.
+        threads: of ONNX Runtime, and those that "compiled" is first compiled for; PyTorch runs
+            with those of ``torch.set_num_threads``.
 
     Raises:
         ValueError: an unknown runtime, or a device that is not there.
@@ -110,7 +111,7 @@ def prepare(
     if runtime == "eager":
         return EagerPredictor(candidate, device)
     if runtime == "compiled":
-        return CompiledPredictor(candidate, device, example_input)
+        return CompiledPredictor(candidate, device, example_input, threads)
     return OnnxPredictor(candidate, device, example_input, threads)
 
 
@@ -148,40 +149,58 @@ class EagerPredictor(Predictor):
 class CompiledPredictor(Predictor):
     """`torch.compile` with the weights frozen into the graph.
 
-    Compiles for each new input shape, which takes seconds; the first time is here.
+    Compiles for each new input shape and number of threads, which takes seconds; the first time is
+    here.
     """
 
     runtime = "compiled"
 
-    def __init__(self, model: nn.Module, device: str, example_input: tuple[Tensor, ...]):
+    def __init__(
+        self, model: nn.Module, device: str, example_input: tuple[Tensor, ...], threads: int = 1
+    ):
         super().__init__(device)
         self.model = model
         lowered, note = _lower(model)
         self.running = torch.compile(lowered.to(device), dynamic=False)
-        self.compiled_shapes: set[tuple[torch.Size, ...]] = set()
-        self.predict(*example_input)
+        self.compiled_for: set[tuple] = set()
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            self.int8_kernels = self._compile(*example_input)
+        finally:
+            torch.set_num_threads(threads_before)
         self._describe(note)
 
     def predict(self, *inputs: Tensor) -> Tensor:
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self.compiled_shapes:
+        if self._key(*inputs) not in self.compiled_for:
             self._compile(*inputs)
-            self.compiled_shapes.add(shapes)
         with torch.no_grad():
             return self.running(*(x.to(self.device) for x in inputs))
 
-    def _compile(self, *inputs: Tensor) -> None:
+    def _key(self, *inputs: Tensor) -> tuple:
+        """What compiled code is made for; dynamo compiles again when any of it changes."""
+        return (torch.get_num_threads(), *(x.shape for x in inputs))
+
+    def _compile(self, *inputs: Tensor) -> int:
+        """Compile for these inputs; returns the number of int8 kernels in the result."""
+        from torch._dynamo import config as dynamo
         from torch._dynamo.utils import counters
-        from torch._inductor import config
+        from torch._inductor import config as inductor
 
         before = _inductor_int8(counters)
         # The int8 kernels need the weights as constants, and freezing must be on for the whole of
         # the compilation, tracing included: as an option of torch.compile it comes too late.
-        with torch.no_grad(), config.patch(freezing=True), warnings.catch_warnings():
+        # Models of one class share a limit of eight compilations, and go on in eager mode past it.
+        with (
+            torch.no_grad(),
+            inductor.patch(freezing=True),
+            dynamo.patch(recompile_limit=256, fail_on_recompile_limit_hit=True),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             self.running(*(x.to(self.device) for x in inputs))
-        if not self.compiled_shapes:
-            self.int8_kernels = _inductor_int8(counters) - before
+        self.compiled_for.add(self._key(*inputs))
+        return _inductor_int8(counters) - before
 
     def save(self, path: str | os.PathLike) -> None:
         save_module(self.model, path)
