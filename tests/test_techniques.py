@@ -54,6 +54,22 @@ def model_and_task() -> tuple[TwoInputs, Task]:
     return model, data.task((*inputs, target), (*inputs, target), (*inputs, target))
 
 
+def snapshot(model: nn.Module) -> dict:
+    """Everything about a model that a technique must leave alone."""
+    modules, parameters = list(model.modules()), list(model.parameters())
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "modes": [module.training for module in modules],
+        "hooks": [dict(module._forward_hooks) for module in modules],
+        "types": [type(module) for module in modules],
+        "identities": [id(parameter) for parameter in parameters],
+        "trainable": [parameter.requires_grad for parameter in parameters],
+        "gradients": [parameter.grad for parameter in parameters],
+        "devices": [parameter.device for parameter in parameters],
+        "steps": compress.steps(model),
+    }
+
+
 def test_the_search_finds_the_known_techniques():
     known = {"quantize_static", "quantize_dynamic", "quantize_weights", "quantize_aware"}
     assert known <= set(techniques())
@@ -69,26 +85,10 @@ def test_the_model_passed_in_is_unchanged(name, training, model_and_task):
     for parameter in model.conv.parameters():
         parameter.requires_grad_(False)
     handle = model.conv.register_forward_hook(lambda module, inputs, output: None)
-    before = {
-        "state": copy.deepcopy(model.state_dict()),
-        "modes": [module.training for module in model.modules()],
-        "hooks": [dict(module._forward_hooks) for module in model.modules()],
-        "types": [type(module) for module in model.modules()],
-        "identities": [id(parameter) for parameter in model.parameters()],
-        "trainable": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": [parameter.grad for parameter in model.parameters()],
-    }
+    before = snapshot(model)
     random = torch.get_rng_state()
     apply(techniques()[name], model, task)
-    after = {
-        "state": model.state_dict(),
-        "modes": [module.training for module in model.modules()],
-        "hooks": [dict(module._forward_hooks) for module in model.modules()],
-        "types": [type(module) for module in model.modules()],
-        "identities": [id(parameter) for parameter in model.parameters()],
-        "trainable": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": [parameter.grad for parameter in model.parameters()],
-    }
+    after = snapshot(model)
     handle.remove()
     torch.testing.assert_close(after.pop("state"), before.pop("state"), rtol=0, atol=0)
     assert after == before

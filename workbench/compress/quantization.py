@@ -269,15 +269,26 @@ def check_model(model: nn.Module, skip: Sequence[str]) -> None:
             raise ValueError(f"weight {name} holds NaN or infinity; repair or retrain it first")
 
 
-def _round_weights(layers: dict[str, nn.Module], grid: Grid) -> None:
-    rounded: dict[object, QuantizedWeight] = {}  # a weight that layers share is stored once
+def replace_weights(
+    layers: dict[str, nn.Module], make: Callable[[Tensor | nn.Module, Tensor, int], nn.Module]
+) -> None:
+    """Put ``make(original, weight, axis)`` in the place of every weight of the layers.
+
+    ``original`` is the parameter or source that was there, ``weight`` its dense value and ``axis``
+    the dimension of its output channels. A weight that layers share is made, and stored, once.
+    """
+    made: dict[object, nn.Module] = {}
     for layer in layers.values():
         for name in weight_names(layer):
             original = source_of(layer, name) or layer._parameters[name]
-            if original not in rounded:
+            if original not in made:
                 axis = 1 if layer_type(layer) in TRANSPOSED else 0
-                rounded[original] = QuantizedWeight.of(weight_of(layer, name), grid, axis)
-            compute_weight(layer, name, rounded[original])
+                made[original] = make(original, weight_of(layer, name), axis)
+            compute_weight(layer, name, made[original])
+
+
+def _round_weights(layers: dict[str, nn.Module], grid: Grid) -> None:
+    replace_weights(layers, lambda _, weight, axis: QuantizedWeight.of(weight, grid, axis))
 
 
 def reasons_left(

@@ -10,17 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.computed import (
-    TRANSPOSED,
-    compute_weight,
-    copy_of,
-    layer_type,
-    source_of,
-    weight_names,
-    weight_of,
-)
+from workbench.compress.computed import copy_of
 from workbench.compress.grid import Granularity, Grid, from_rows, to_rows
-from workbench.compress.quantization import check_model, finish, layers_of, reasons_left
+from workbench.compress.quantization import (
+    check_model,
+    finish,
+    layers_of,
+    reasons_left,
+    replace_weights,
+)
 from workbench.compress.quantizers import QuantizedWeight
 from workbench.data import Task
 from workbench.training import ADAMW, fit
@@ -63,14 +61,7 @@ def quantize_aware(
     work = copy_of(model)
     check_model(work, skip)
     layers = {name: layer for name, layer in layers_of(work).items() if name not in skip}
-    trained: dict[object, TrainedGrid] = {}  # a weight that layers share is trained once
-    for layer in layers.values():
-        for name in weight_names(layer):
-            original = source_of(layer, name) or layer._parameters[name]
-            if original not in trained:
-                axis = 1 if layer_type(layer) in TRANSPOSED else 0
-                trained[original] = TrainedGrid(weight_of(layer, name), grid, axis)
-            compute_weight(layer, name, trained[original])
+    replace_weights(layers, lambda _, weight, axis: TrainedGrid(weight, grid, axis))
     fit(
         work,
         task,
@@ -82,10 +73,7 @@ def quantize_aware(
         seed=seed,
         progress=progress,
     )
-    rounded = {source: source.rounded() for source in trained.values()}
-    for layer in layers.values():
-        for name in weight_names(layer):
-            compute_weight(layer, name, rounded[source_of(layer, name)])
+    replace_weights(layers, lambda trained, *_: trained.rounded())
     left = reasons_left(work, layers, skip, "")
     step = "binary weights" if grid.binary else f"{grid.describe()} weights"
     return finish(work, model, f"{step}, trained", layers, left)
