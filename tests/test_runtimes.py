@@ -143,7 +143,7 @@ def test_an_exported_model_tells_nothing_of_this_machine():
 
 def test_a_saved_module_holds_codes_and_ties_once(tmp_path):
     model, _ = two_inputs()
-    deploy.save_module(compress.quantize_weights(model, bits=8), tmp_path / "m.safetensors")
+    models.save(compress.quantize_weights(model, bits=8), tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert tensors["conv.sources.weight.codes"].dtype == torch.int8
@@ -153,7 +153,7 @@ def test_a_saved_module_holds_codes_and_ties_once(tmp_path):
 def test_nothing_is_left_of_a_file_that_could_not_be_written(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        deploy.save_module(models.build("lenet-5"), tmp_path / "folder")
+        models.save(models.build("lenet-5"), tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

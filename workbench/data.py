@@ -328,6 +328,16 @@ def verified(name: str) -> Path:
     return path
 
 
+def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """Let ``write`` write to a temporary name, then rename: the whole file is there or none."""
+    temporary = f"{os.fspath(path)}.part"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def _idx(name: str) -> Tensor:
     """Read one IDX file: magic (two zero bytes, type, rank), big-endian sizes, then the bytes."""
     raw = gzip.decompress(verified(f"fashion-mnist/{name}-ubyte.gz").read_bytes())

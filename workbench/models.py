@@ -4,12 +4,14 @@
 Shapes: B batch, C channels, H height, W width, T positions, D width of the transformer.
 """
 
+import copy
 import json
 import math
+import os
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from workbench import data
@@ -52,6 +54,12 @@ def record(name: str) -> dict:
     """How the weights of `pretrained(name)` were made: seed, epochs, optimizer, time, result."""
     _check(name)
     return json.loads(data.verified(f"models/{name}.json").read_text())
+
+
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a module's state as ``.safetensors``: shared tensors once, the whole file or none."""
+    stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+    data.write_whole(path, lambda temporary: save_model(stored, temporary))
 
 
 def lenet_300_100() -> nn.Module:
@@ -138,13 +146,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, positions, width = x.shape
+        batch, positions, _ = x.shape
         qkv = self.query_key_value(x).view(batch, positions, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
         scores = q @ k.mT * self.scale  # (B, heads, T, T)
         future = self.future[:positions, :positions]
         attention = scores.masked_fill(future, -math.inf).softmax(-1)
-        return self.out((attention @ v).transpose(1, 2).reshape(batch, positions, width))
+        return self.out((attention @ v).transpose(1, 2).flatten(2))
 
 
 class TransformerBlock(nn.Module):

@@ -20,6 +20,7 @@ from workbench.data import Task
 
 Precision = Literal["float32", "mixed"]
 Schedule = Callable[[Optimizer, int], LRScheduler]
+Objective = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 
 
@@ -51,6 +52,7 @@ def fit(
     schedule: Schedule = one_cycle,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     gradient_norm: float | None = None,
+    objective: Objective | None = None,
     device: str = "auto",
     precision: Precision = "float32",
     seed: int = 0,
@@ -64,6 +66,8 @@ def fit(
         schedule: called with the optimizer and the number of steps, stepped after each batch.
         augment: called with the first input of a batch and a seeded generator.
         gradient_norm: the gradient's norm is clipped to this, if given.
+        objective: called with the model, the inputs and the target of a batch, on ``device``; the
+            loss to minimise, by default ``task.loss`` of the output and the target.
         device: "auto" (CUDA when present), or any torch device; the model comes back to its own.
         precision: "mixed" trains in bfloat16 where the device computes in it natively, in float16
             with loss scaling on older GPUs, and in float32 elsewhere.
@@ -84,6 +88,7 @@ def fit(
     steps = epochs * task.train.count_batches(batch_size)
     if steps == 0:
         raise ValueError("the training split gave no batches; give it at least one example")
+    objective = objective or (lambda model, inputs, target: task.loss(model(*inputs), target))
     device, home = _device(device), trainable[0].device
     autocast, scaler = _mixed(device, precision)
     generator = torch.Generator().manual_seed(seed)
@@ -98,8 +103,7 @@ def fit(
             if augment is not None:
                 inputs = (augment(inputs[0], generator), *inputs[1:])
             with autocast():
-                output = model(*(x.to(device) for x in inputs))
-                loss = task.loss(output, target.to(device))
+                loss = objective(model, tuple(x.to(device) for x in inputs), target.to(device))
             stepper.zero_grad()
             scaler.scale(loss).backward()
             if gradient_norm is not None:

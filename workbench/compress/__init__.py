@@ -2,9 +2,9 @@
 
 from workbench.compress.computed import steps, weights
 from workbench.compress.grid import Grid
+from workbench.compress.layers import coverage
 from workbench.compress.quantization import (
     binarize,
-    coverage,
     quantize_dynamic,
     quantize_static,
     quantize_weights,

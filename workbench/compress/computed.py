@@ -34,6 +34,56 @@ def steps(model: object) -> tuple[str, ...]:
     return getattr(model, _STEPS, ())
 
 
+class Source(nn.Module):
+    """What computes a weight: called, it returns the dense weight, through which gradients flow to
+    its parameters."""
+
+    lowers_to_int8 = False  # whether runtimes have kernels that compute with what it stores
+
+    def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """How the weight is stored, in a few words."""
+        raise NotImplementedError
+
+    def masked(self, keep: Tensor) -> "Source | None":
+        """The same, with zeros where ``keep`` (in the weight's shape) is False.
+
+        None where what it stores cannot stand for zero.
+        """
+        return None
+
+
+class MaskedWeight(Source):
+    """The source of a pruned weight: where ``keep`` is False it is zero, and stays so in training.
+
+    No gradient reaches the zeros, so momentum and weight decay leave them zero too, and the stored
+    weight alone tells which they are.
+    """
+
+    keep: Tensor
+
+    def __init__(self, weight: Tensor, keep: Tensor, requires_grad: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach() * keep, requires_grad=requires_grad)
+        self.register_buffer("keep", keep, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.weight * self.keep
+
+    def describe(self) -> str:
+        return f"float, {1 - self.keep.float().mean().item():.1%} zeros"
+
+    def masked(self, keep: Tensor) -> "MaskedWeight":
+        return MaskedWeight(self.weight, self.keep & keep, self.weight.requires_grad)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}weight" in state_dict:
+            self.keep = self.weight.detach() != 0
+
+
 class _Computed:
     """What a layer gains when weights of it are computed: ``sources`` by parameter name.
 

@@ -2,16 +2,14 @@
 
 `quantize_static` calibrates the range of every activation first; `quantize_dynamic` takes it from
 each input as it comes; `quantize_weights` rounds the weights alone, to any number of bits;
-`binarize` keeps their signs. Each returns a new model, and `coverage` tells layer by layer what was
-quantized and what was left, and why. See notebook 02.
+`binarize` keeps their signs. Each returns a new model, and `workbench.compress.coverage` tells
+layer by layer what was quantized and what was left, and why. See notebook 02.
 """
 
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -19,19 +17,22 @@ from torch import Tensor, fx, nn
 from workbench.compress.computed import (
     CONVOLUTIONS,
     LINEAR,
-    RECORD,
     RECURRENT,
     TRANSPOSED,
-    compute_weight,
     copy_of,
     layer_type,
-    record_step,
-    source_of,
-    weight_names,
-    weight_of,
-    weights,
 )
 from workbench.compress.grid import Granularity, Grid, scale_and_zero_point
+from workbench.compress.layers import (
+    ROUNDED_INPUTS,
+    check_model,
+    finish,
+    layers_of,
+    per_layer,
+    reasons_left,
+    replace_weights,
+    weight_count,
+)
 from workbench.compress.quantizers import (
     ACTIVATION_CODES,
     DynamicQuantizer,
@@ -43,7 +44,6 @@ from workbench.data import Task
 
 Method = Literal["minmax", "percentile", "mse"]
 Calibration = Task | Iterable[Tensor | tuple[Tensor, ...]]
-_LEFT, _ROUNDED_INPUTS = f"{RECORD}left", f"{RECORD}rounded_inputs"
 
 
 def quantize_static(
@@ -109,7 +109,7 @@ def quantize_static(
         )
     graph.recompile()
     _round_weights(layers, grid)
-    setattr(graph.eval(), _ROUNDED_INPUTS, frozenset(computing))
+    setattr(graph.eval(), ROUNDED_INPUTS, frozenset(computing))
     return finish(graph, model, f"int8 static per {granularity}", layers, left)
 
 
@@ -137,7 +137,7 @@ def quantize_dynamic(
         for name, layer in layers_of(work).items()
         if layer_type(layer) in (*LINEAR, *RECURRENT, nn.Embedding)
         and name not in skip
-        and _size(layer) >= minimum_weights
+        and weight_count(layer) >= minimum_weights
     }
     _round_weights(layers, grid)
     for layer in layers.values():
@@ -155,7 +155,7 @@ def quantize_dynamic(
 def quantize_weights(
     model: nn.Module,
     *,
-    bits: int = 4,
+    bits: int | Mapping[str, int] = 4,
     granularity: Granularity = "channel",
     symmetric: bool = True,
     group_size: int = 64,
@@ -166,18 +166,28 @@ def quantize_weights(
     The file is smaller, the model is not faster: no kernel computes with these codes, so it is
     labelled simulated wherever its speed is shown.
 
+    Args:
+        bits: of all layers, or by layer name; a layer that is not named is left.
+
     Raises:
         ValueError: ``bits``, ``granularity`` or ``group_size`` out of range, NaN in weights, or an
             unknown name in ``skip``.
     """
-    grid = Grid(bits, granularity, symmetric, group_size)
     work = copy_of(model)
     check_model(work, skip)
-    layers = {name: layer for name, layer in layers_of(work).items() if name not in skip}
-    _round_weights(layers, grid)
-    left = reasons_left(work, layers, skip, "")
-    step = "binary weights" if grid.binary else f"{grid.describe()} weights"
-    return finish(work, model, step, layers, left)
+    layers = layers_of(work)
+    grids = {
+        name: Grid(width, granularity, symmetric, group_size)
+        for name, width in per_layer(bits, layers, "bits").items()
+    }
+    layers = {name: layers[name] for name in grids if name not in skip}
+    replace_weights(
+        layers, lambda place: QuantizedWeight.of(place.dense, grids[place.layer], place.axis)
+    )
+    left = reasons_left(work, layers, skip, "not named in bits")
+    kinds = sorted({grids[name] for name in layers}, key=lambda grid: grid.bits)
+    step = "binary" if len(kinds) == 1 and kinds[0].binary else ", ".join(map(Grid.describe, kinds))
+    return finish(work, model, f"{step} weights", layers, left)
 
 
 def binarize(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
@@ -189,128 +199,14 @@ def binarize(model: nn.Module, *, skip: Sequence[str] = ()) -> nn.Module:
     return quantize_weights(model, bits=1, skip=skip)
 
 
-def coverage(model: nn.Module) -> pd.DataFrame:
-    """One row per layer that has weights: how they are stored, and why if they were left.
-
-    Columns: layer, type, weights (count), stored_as, activations, reason.
-    """
-    left = getattr(model, _LEFT, {})
-    rounded_inputs = getattr(model, _ROUNDED_INPUTS, ())
-    rows = []
-    for name, layer in layers_of(model, every=True).items():
-        sources = [source_of(layer, key) for key in weight_names(layer)]
-        rounded = [source for source in sources if isinstance(source, QuantizedWeight)]
-        activations = "float"
-        if rounded and "input_quantizer" in layer._modules:
-            activations = "uint8 dynamic"
-        elif name in rounded_inputs:
-            activations = "uint8 static"
-        rows.append(
-            {
-                "layer": name,
-                "type": (layer_type(layer) or type(layer)).__name__,
-                "weights": _size(layer),
-                "stored_as": rounded[0].grid.describe() if rounded else "float",
-                "activations": activations,
-                "reason": "" if rounded else left.get(name, ""),
-            }
-        )
-    columns = ["layer", "type", "weights", "stored_as", "activations", "reason"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def summary(model: nn.Module) -> str:
-    """One line: how much of a quantized model is quantized; empty for any other model."""
-    if not hasattr(model, _LEFT):
-        return ""
-    table = coverage(model)
-    done = table[table.stored_as != "float"]
-    if done.empty:
-        counts = table.reason.value_counts()
-        reasons = "; ".join(f"{count} layers: {reason}" for reason, count in counts.items())
-        return f"nothing quantized ({reasons or 'no layer has weights'})"
-    share = done.weights.sum() / table.weights.sum()
-    return f"{len(done)} of {len(table)} layers quantized, {share:.1%} of the weights"
-
-
 def _int8(granularity: str) -> Grid:
     if granularity not in ("tensor", "channel"):
         raise ValueError(f"granularity is {granularity!r}; choose 'tensor' or 'channel'")
     return Grid(8, granularity)
 
 
-def layers_of(model: nn.Module, every: bool = False) -> dict[str, nn.Module]:
-    """Layers that can be quantized; with ``every``, also all others that hold weights."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if layer_type(module) is not None
-        or (every and any(p is not None and p.dim() > 1 for p in module._parameters.values()))
-    }
-
-
-def _size(layer: nn.Module) -> int:
-    if layer_type(layer) is None:
-        return sum(p.numel() for p in layer._parameters.values() if p is not None and p.dim() > 1)
-    return sum(weight_of(layer, name).numel() for name in weight_names(layer))
-
-
-def check_model(model: nn.Module, skip: Sequence[str]) -> None:
-    """Everything that can be refused is refused here, before any work."""
-    if isinstance(skip, str):
-        raise TypeError(f"skip is the string {skip!r}; give a list of layer names")
-    if not layers_of(model, every=True):
-        raise ValueError(f"{type(model).__name__} has no layer with weights; nothing to quantize")
-    unknown = set(skip) - set(layers_of(model))
-    if unknown:
-        raise ValueError(f"skip names {sorted(unknown)}; layers are {sorted(layers_of(model))}")
-    for name, weight in weights(model):
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"weight {name} holds NaN or infinity; repair or retrain it first")
-
-
-def replace_weights(
-    layers: dict[str, nn.Module], make: Callable[[Tensor | nn.Module, Tensor, int], nn.Module]
-) -> None:
-    """Put ``make(original, weight, axis)`` in the place of every weight of the layers.
-
-    ``original`` is the parameter or source that was there, ``weight`` its dense value and ``axis``
-    the dimension of its output channels. A weight that layers share is made, and stored, once.
-    """
-    made: dict[object, nn.Module] = {}
-    for layer in layers.values():
-        for name in weight_names(layer):
-            original = source_of(layer, name) or layer._parameters[name]
-            if original not in made:
-                axis = 1 if layer_type(layer) in TRANSPOSED else 0
-                made[original] = make(original, weight_of(layer, name), axis)
-            compute_weight(layer, name, made[original])
-
-
 def _round_weights(layers: dict[str, nn.Module], grid: Grid) -> None:
-    replace_weights(layers, lambda _, weight, axis: QuantizedWeight.of(weight, grid, axis))
-
-
-def reasons_left(
-    model: nn.Module, done: dict[str, nn.Module], skip: Sequence[str], otherwise: str
-) -> dict[str, str]:
-    return {
-        name: "in skip" if name in skip
-        else f"{type(layer).__name__} is of a kind that is not handled" if layer_type(layer) is None
-        else otherwise
-        for name, layer in layers_of(model, every=True).items()
-        if name not in done
-    }  # fmt: skip
-
-
-def finish(
-    work: nn.Module, model: nn.Module, step: str, done: dict[str, nn.Module], left: dict[str, str]
-) -> nn.Module:
-    setattr(work, _LEFT, left)
-    record_step(work, step if done else f"{step}: nothing quantized", previous=model)
-    if not done:
-        warnings.warn(f"{step}: {summary(work)}", stacklevel=3)
-    return work
+    replace_weights(layers, lambda place: QuantizedWeight.of(place.dense, grid, place.axis))
 
 
 # Operations that pass values on unchanged (or drop some): rounding before them serves after them.

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.computed import copy_of
+from workbench.compress.computed import MaskedWeight, Source, copy_of
 from workbench.compress.grid import Granularity, Grid, from_rows, to_rows
-from workbench.compress.quantization import (
+from workbench.compress.layers import (
+    Place,
     check_model,
     finish,
     layers_of,
@@ -43,8 +44,9 @@ def quantize_aware(
     """Weights of 1 to 8 bits, as `workbench.compress.quantize_weights`, after training for them.
 
     From 2 bits on, the scales are trained together with the weights (LSQ); 1 bit is the sign and
-    the mean size of the weights of a channel (XNOR-Net). Activations stay in float: give the result
-    to `workbench.compress.quantize_static` where they are to be rounded as well.
+    the mean size of the weights of a channel (XNOR-Net). Pruned weights stay zero from 2 bits on.
+    Activations stay in float: give the result to `workbench.compress.quantize_static` where they
+    are to be rounded as well.
 
     Args:
         epochs, batch_size, optimizer, augment, device, seed, progress: as in
@@ -61,7 +63,7 @@ def quantize_aware(
     work = copy_of(model)
     check_model(work, skip)
     layers = {name: layer for name, layer in layers_of(work).items() if name not in skip}
-    replace_weights(layers, lambda _, weight, axis: TrainedGrid(weight, grid, axis))
+    replace_weights(layers, lambda place: _trained_grid(place, grid))
     fit(
         work,
         task,
@@ -73,22 +75,31 @@ def quantize_aware(
         seed=seed,
         progress=progress,
     )
-    replace_weights(layers, lambda trained, *_: trained.rounded())
+    replace_weights(layers, lambda place: place.original.rounded())
     left = reasons_left(work, layers, skip, "")
     step = "binary weights" if grid.binary else f"{grid.describe()} weights"
     return finish(work, model, f"{step}, trained", layers, left)
 
 
-class TrainedGrid(nn.Module):
+def _trained_grid(place: Place, grid: Grid) -> "TrainedGrid":
+    keep = place.original.keep if isinstance(place.original, MaskedWeight) else None
+    return TrainedGrid(place.dense, grid, place.axis, keep)
+
+
+class TrainedGrid(Source):
     """The source of a weight that is trained in float and seen rounded."""
 
-    def __init__(self, weight: Tensor, grid: Grid, axis: int):
+    keep: Tensor | None
+
+    def __init__(self, weight: Tensor, grid: Grid, axis: int, keep: Tensor | None = None):
         super().__init__()
         self.grid, self.axis = grid, axis
         self.weight = nn.Parameter(weight.detach().clone())
+        self.register_buffer("keep", keep, persistent=False)  # None, or where it is not pruned
         if not grid.binary:
-            rows = to_rows(self.weight.detach().float(), axis, grid)
-            scale = 2 * rows.abs().mean(-1) / math.sqrt(grid.codes[1])  # where LSQ starts
+            rows = to_rows(self.weight.detach().float(), self.axis, grid)
+            mean = rows.abs().sum(-1) / rows.count_nonzero(-1).clamp(min=1)  # of what is not pruned
+            scale = 2 * mean / math.sqrt(grid.codes[1])  # where LSQ starts
             scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
             # Trained as a logarithm: it stays positive, and a step changes it by a share of itself.
             self.log_scale = nn.Parameter(scale.log())
@@ -97,7 +108,8 @@ class TrainedGrid(nn.Module):
         if self.grid.binary:
             dense = self.rounded()().to(self.weight.dtype)
             return self.weight + (dense - self.weight).detach()
-        rows = to_rows(self.weight, self.axis, self.grid)  # (rows, groups, values)
+        weight = self.weight if self.keep is None else self.weight * self.keep
+        rows = to_rows(weight, self.axis, self.grid)  # (rows, groups, values)
         # LSQ scales the gradient of each scale by how many weights and levels it serves.
         share = 1 / math.sqrt(rows.shape[-1] * self.grid.codes[1])
         scale = (self.log_scale * share + (self.log_scale * (1 - share)).detach()).exp()[..., None]

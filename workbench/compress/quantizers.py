@@ -9,13 +9,14 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
+from workbench.compress.computed import Source
 from workbench.compress.grid import Grid, from_rows, pack, round_weight, to_rows, unpack
 
 _ops = torch.ops.quantized_decomposed
 ACTIVATION_CODES = (0, 255)
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedWeight(Source):
     """The source of a weight of k bits: codes, scales and (affine) zero points.
 
     8-bit codes are one byte each in the weight's shape; fewer bits are packed without gaps.
@@ -72,8 +73,19 @@ class QuantizedWeight(nn.Module):
         dense = (rows - self.zero_point[..., None]) * self.scale[..., None]
         return from_rows(dense, self.shape, self.axis)
 
+    def describe(self) -> str:
+        return self.grid.describe()
+
+    def masked(self, keep: Tensor) -> "QuantizedWeight | None":
+        if self.grid.binary:
+            return None
+        rows = to_rows(self.integer_codes(), self.axis, self.grid)
+        zero = from_rows(self.zero_point[..., None].expand_as(rows), self.shape, self.axis)
+        codes = torch.where(keep, self.integer_codes(), zero.long())
+        return QuantizedWeight(codes, self.scale, self.zero_point, self.grid, self.axis)
+
     def extra_repr(self) -> str:
-        return f"{self.grid.describe()}, shape={tuple(self.shape)}"
+        return f"{self.describe()}, shape={tuple(self.shape)}"
 
 
 class StaticQuantizer(nn.Module):

@@ -7,7 +7,6 @@ the operations that the runtime really chose, when it did not.
 """
 
 import contextlib
-import copy
 import io
 import logging
 import os
@@ -15,24 +14,29 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
+from workbench import data, models
 from workbench.compress.computed import (
     ComputedLSTM,
+    MaskedWeight,
+    Source,
     layer_type,
     make_dense,
     source_of,
     weight_names,
+    weights,
 )
-from workbench.compress.quantization import summary
+from workbench.compress.layers import summary
 from workbench.compress.quantizers import DynamicQuantizer, QuantizedWeight, StaticQuantizer
 from workbench.training import evaluation_mode
 
 RUNTIMES = ("eager", "compiled", "onnxruntime")
+MANY_ZEROS = 0.1  # from this share on, zeros are taken for a technique's work
 
 
 class Predictor:
@@ -66,9 +70,16 @@ class Predictor:
 
     def _describe(self, lowering: str = "") -> None:
         """Fill in ``simulated`` and ``note`` once ``int8_kernels`` is known."""
-        quantized = _quantized_weights(self.model)
-        self.simulated = bool(quantized) and self.int8_kernels == 0
-        self.note = "; ".join(filter(None, [summary(self.model), lowering]))
+        zeros = _share_of_zeros(self.model)
+        computed = any(
+            isinstance(module, Source) and not isinstance(module, MaskedWeight)
+            for module in self.model.modules()
+        )
+        many_zeros = zeros >= MANY_ZEROS
+        self.simulated = (computed or many_zeros) and self.int8_kernels == 0
+        dense = f"{zeros:.1%} of the weights are zero, and are multiplied like the others"
+        notes = [summary(self.model), lowering, dense if many_zeros else ""]
+        self.note = "; ".join(filter(None, notes))
 
 
 def prepare(
@@ -135,7 +146,7 @@ class EagerPredictor(Predictor):
     def __init__(self, model: nn.Module, device: str):
         super().__init__(device)
         self.model = model
-        self.running = copy.deepcopy(model).to(device).eval()
+        self.running = deepcopy(model).to(device).eval()
         self._describe()
 
     def predict(self, *inputs: Tensor) -> Tensor:
@@ -143,7 +154,7 @@ class EagerPredictor(Predictor):
             return self.running(*(x.to(self.device) for x in inputs))
 
     def save(self, path: str | os.PathLike) -> None:
-        save_module(self.model, path)
+        models.save(self.model, path)
 
 
 class CompiledPredictor(Predictor):
@@ -203,7 +214,7 @@ class CompiledPredictor(Predictor):
         return _inductor_int8(counters) - before
 
     def save(self, path: str | os.PathLike) -> None:
-        save_module(self.model, path)
+        models.save(self.model, path)
 
 
 class OnnxPredictor(Predictor):
@@ -257,7 +268,7 @@ class OnnxPredictor(Predictor):
         return torch.from_numpy(self.session.run(None, feed)[0]).to(self.device)
 
     def save(self, path: str | os.PathLike) -> None:
-        _write(path, lambda temporary: Path(temporary).write_bytes(self.artifact))
+        data.write_whole(path, lambda temporary: Path(temporary).write_bytes(self.artifact))
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         expected = [("batch", *x.shape[1:]) for x in self.example_input]
@@ -272,23 +283,11 @@ _ONNX_INT8 = {
 }  # fmt: skip
 
 
-def save_module(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a module's state as ``.safetensors``: shared tensors once, the whole file or none."""
-    stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    _write(path, lambda temporary: save_model(stored, temporary))
-
-
-def _write(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    temporary = f"{os.fspath(path)}.part"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
-    return [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+def _share_of_zeros(model: nn.Module) -> float:
+    """Zeros among the weights of two and more dimensions; biases start at zero without pruning."""
+    matrices = [weight for _, weight in weights(model) if weight.dim() > 1]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in matrices)
+    return zeros / max(1, sum(weight.numel() for weight in matrices))
 
 
 def _is_dynamic(model: nn.Module) -> bool:
@@ -299,7 +298,7 @@ def _lower(model: nn.Module) -> tuple[nn.Module, str]:
     """A copy that a runtime can take: constant scales, and no weights that it has no kernel for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lowered = copy.deepcopy(model).eval()
+        lowered = deepcopy(model).eval()
     note = ""
     for module in lowered.modules():
         if isinstance(module, StaticQuantizer):
@@ -309,8 +308,9 @@ def _lower(model: nn.Module) -> tuple[nn.Module, str]:
             continue
         for name in weight_names(module):
             source = source_of(module, name)
-            if isinstance(source, QuantizedWeight) and not source.lowers_to_int8:
-                note = f"{source.grid.describe()} weights become float here: there is no kernel"
+            if isinstance(source, Source) and not source.lowers_to_int8:
+                if not isinstance(source, MaskedWeight):
+                    note = f"{source.describe()} weights become float here: there is no kernel"
                 make_dense(module)
                 break
     return lowered, note

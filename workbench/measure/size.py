@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from workbench import models
 from workbench.compress import computed
-from workbench.deploy.runtimes import Predictor, save_module
+from workbench.deploy.runtimes import Predictor
 from workbench.training import evaluation_mode
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -38,7 +39,7 @@ def artifact_bytes(model: nn.Module | Predictor) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, nn.Module):
-            save_module(model, Path(folder, "model.safetensors"))
+            models.save(model, Path(folder, "model.safetensors"))
         elif isinstance(model, Predictor):
             model.save(Path(folder, "model" + model.suffix))
         else:
