@@ -25,6 +25,97 @@ class TwoInputs(nn.Module):
         return self.out(self.second(self.first(x).relu()).relu())
 
 
+class Twice(nn.Module):
+    """One module that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.stem, self.out = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.conv(self.stem(x)).relu()).relu()
+        return self.out(x.mean((2, 3)))
+
+
+class Transposed(nn.Module):
+    """Down by a grouped convolution, up by a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(12, 12, 3, padding=1, groups=3)
+        self.up = nn.ConvTranspose2d(12, 8, 4, stride=2, padding=1)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.up(self.grouped(self.down(x).relu()).relu()).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM that reads the rows of an image, and answers from its last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(24, 16, num_layers=2, batch_first=True)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.lstm(x.movedim(1, 2).flatten(2))[0][:, -1])
+
+
+class Attending(nn.Module):
+    """torch's own attention, over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(24, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.movedim(1, 2).flatten(2))
+        return self.out((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+class Tied(nn.Module):
+    """A code is read by an embedding, and the answer given by the same weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.middle = nn.Embedding(4, 16), nn.Linear(16, 16)
+        self.out = nn.Linear(16, 4, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.out(self.middle(self.embedding(codes).mean(1)).relu())
+
+
+def plain() -> nn.Sequential:
+    """A small network with a batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def frozen() -> nn.Sequential:
+    """The plain one, with a first layer that is not to be trained."""
+    model = plain()
+    model[0].requires_grad_(False)
+    return model
+
+
+class Bfloat16(nn.Sequential):
+    """The plain one in bfloat16; it takes and gives float32."""
+
+    def __init__(self):
+        super().__init__(*plain().bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.bfloat16()).float()
+
+
 class Branching(nn.Module):
     """Takes a decision on values: it cannot be traced."""
 

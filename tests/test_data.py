@@ -1,6 +1,7 @@
 import gzip
 import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -351,3 +352,45 @@ def test_flip_and_shift_repeats_with_its_generator():
         data.flip_and_shift(images, torch.Generator().manual_seed(5)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+def test_recorded_reads_what_an_experiment_measured():
+    frame = data.recorded("pruning-lenet-300-100")
+    assert set(frame.criterion) == {"none", "magnitude", "random"}
+    assert frame.seed.nunique() == 3
+
+
+def test_recorded_refuses_what_was_altered(tmp_path, monkeypatch):
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "mine.csv").write_text("score\n0.5\n")
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path))
+    data.write_checksums()
+    assert data.recorded("mine").score.tolist() == [0.5]
+    (folder / "mine.csv").write_text("score\n0.9\n")
+    with pytest.raises(ValueError, match="truncated or altered"):
+        data.recorded("mine")
+    with pytest.raises(FileNotFoundError, match=r"other\.csv is missing"):
+        data.recorded("other")
+
+
+def test_checksums_cover_all_files_and_are_those_of_the_repository(tmp_path, monkeypatch):
+    committed = (data.folder() / "SHA256SUMS").read_text()
+    shutil.copytree(data.folder(), tmp_path / "data")
+    monkeypatch.setenv("WORKBENCH_DATA", str(tmp_path / "data"))
+    data.write_checksums()
+    assert (tmp_path / "data/SHA256SUMS").read_text() == committed
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    data.write_whole(path, lambda temporary: Path(temporary).write_text("old"))
+
+    def broken(temporary):
+        Path(temporary).write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        data.write_whole(path, broken)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]

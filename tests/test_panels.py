@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workbench.explore import plots
 from workbench.explore.panels import (
     OBJECTIVES,
+    Explorer,
     Limits,
     Tradeoff,
     remaining,
@@ -197,3 +199,48 @@ def test_without_a_baseline_no_loss_can_be_asked_for():
     panel = Tradeoff(FRAME[1:])
     assert panel.lost.options == (("any loss", math.inf),)
     assert panel.winner["name"] == "int8 per tensor"
+
+
+def explorer(**settings) -> tuple[Explorer, list[dict]]:
+    """A panel, and the settings of every picture it asked for."""
+    asked = []
+
+    def draw(**chosen):
+        asked.append(chosen)
+        return plots.Picture(2 + len(asked), 2), f"chose <{chosen}>"
+
+    return Explorer(draw, **settings), asked
+
+
+def test_explorer_draws_once_at_first_and_once_for_each_change():
+    panel, asked = explorer(sparsity=[0.5, 0.9], order={"first": "a", "second": "b"})
+    before = bytes(panel.picture.value)
+    panel.controls["sparsity"].value = 0.9
+    panel.controls["order"].value = "b"
+    assert asked == [
+        {"sparsity": 0.5, "order": "a"},
+        {"sparsity": 0.9, "order": "a"},
+        {"sparsity": 0.9, "order": "b"},
+    ]
+    assert bytes(panel.picture.value).startswith(b"\x89PNG")
+    assert bytes(panel.picture.value) != before
+
+
+def test_explorer_has_a_slider_for_numbers_a_list_for_texts_and_names_for_both():
+    panel, _ = explorer(sparsity=[0.5, 0.9], first_step={"Prune": "p"})
+    kinds = {name: type(control).__name__ for name, control in panel.controls.items()}
+    assert kinds == {"sparsity": "SelectionSlider", "first_step": "Dropdown"}
+    assert [c.description for c in panel.controls.values()] == ["Sparsity", "First step"]
+    assert not panel.controls["sparsity"].continuous_update
+
+
+def test_explorer_announces_its_line_as_text():
+    panel, _ = explorer(bits=[2])
+    assert 'role="status"' in panel.answer.value
+    assert "&lt;{&#x27;bits&#x27;: 2}&gt;" in panel.answer.value
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": []}])
+def test_explorer_needs_choices(settings):
+    with pytest.raises(ValueError, match="give each at least one choice"):
+        explorer(**settings)

@@ -317,3 +317,63 @@ def test_curve_says_which_column_is_missing():
 def test_intervals_are_found_beside_their_column():
     assert plots.interval_columns("latency_ms") == ("latency_low_ms", "latency_high_ms")
     assert plots.interval_columns("speedup") == ("speedup_low", "speedup_high")
+
+
+def levels() -> pd.DataFrame:
+    rows = [(layer, bits, 10.0 / bits - 2) for layer in ("first", "second") for bits in (2, 4, 8)]
+    return pd.DataFrame(rows, columns=["layer", "bits", "lost"])
+
+
+def test_heatmap_numbers_every_cell_in_the_order_of_the_frame():
+    frame = levels().iloc[::-1]
+    axes = plots.heatmap(frame, "bits", "layer", "lost", middle=0).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["-0.8", "0.5", "3.0"] * 2
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["second", "first"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8", "4", "2"]
+    low, high = axes.images[0].get_clim()
+    assert low == -high  # so that the middle has the middle colour
+
+
+def test_heatmap_leaves_unknown_cells_empty_and_refuses_double_ones():
+    axes = plots.heatmap(levels().iloc[1:], "bits", "layer", "lost").axes[0]
+    assert len(axes.texts) == 5
+    with pytest.raises(ValueError, match="average them first"):
+        plots.heatmap(pd.concat([levels(), levels()]), "bits", "layer", "lost")
+
+
+@pytest.mark.parametrize(("higher", "top"), [(True, "a"), (False, "b")])
+def test_ranked_has_the_best_at_the_top(higher, top):
+    frame = pd.DataFrame({"order": ["a", "b"], "score": [0.9, 0.8], "higher_is_better": higher})
+    axes = plots.ranked(frame.assign(score_low=0.79, score_high=0.91), "order").axes[0]
+    assert axes.get_yticklabels()[-1].get_text() == top
+    assert len(axes.collections) == 2  # one bar for each interval
+
+
+def test_ranked_points_out_one_row():
+    frame = pd.DataFrame({"order": ["a", "b", "c"], "score": [0.9, 0.8, 0.7]})
+    lines = plots.ranked(frame, "order", mark="b").axes[0].lines
+    assert [line.get_marker() for line in lines] == ["o", "D", "o"]
+
+
+def test_cut_shows_what_goes_and_where_it_stands_on_the_curve():
+    weight = torch.tensor([-4.0, -1.0, 2.0, 3.0])
+    curve = pd.DataFrame({"sparsity": [0, 0.5, 1], "score": [0.9, 0.8, 0.1]})
+    left, right = plots.cut(weight, curve, 0.5).axes
+    gone = sum(patch.get_height() for patch in left.containers[0])
+    kept = sum(patch.get_height() for patch in left.containers[1])
+    assert (gone, kept) == (2, 2)
+    assert [line.get_xdata()[0] for line in left.lines] == [-2, 2]
+    assert right.lines[-1].get_xdata()[0] == 0.5
+
+
+@pytest.mark.parametrize("sparsity", [0, 1])
+def test_cut_at_both_ends(sparsity):
+    weight = torch.tensor([-2.0, 0.0, 1.0])
+    curve = pd.DataFrame({"sparsity": [0, 1], "score": [0.9, 0.1]})
+    left, _ = plots.cut(weight, curve, sparsity).axes
+    assert sum(patch.get_height() for patch in left.containers[0]) == 3 * sparsity
+
+
+def test_cut_refuses_a_share_that_is_none():
+    with pytest.raises(ValueError, match="give a share from 0 to 1"):
+        plots.cut(torch.ones(2), pd.DataFrame({"sparsity": [0], "score": [1]}), 1.5)

@@ -9,7 +9,8 @@ from networks import two_inputs
 from safetensors import safe_open
 from torch import nn
 
-from workbench import compress, deploy, models
+from workbench import compress, data, deploy, models
+from workbench.compress.computed import MaskedWeight
 
 BATCH = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
@@ -186,3 +187,32 @@ def test_cuda_gives_the_answers_of_the_cpu():
     for runtime in ("eager", "compiled"):
         predictor = deploy.prepare(model, runtime, example_input=inputs, device="cuda")
         assert torch.allclose(predictor(*inputs).cpu(), model(*inputs), atol=1e-3)
+
+
+def test_eager_answers_without_multiplying_by_masks():
+    pruned = compress.prune(models.build("lenet-5"), sparsity=0.9)
+    predictor = deploy.prepare(pruned, example_input=(torch.rand(1, 1, 28, 28),))
+    assert not any(isinstance(module, MaskedWeight) for module in predictor.running.modules())
+    assert any(isinstance(module, MaskedWeight) for module in pruned.modules())
+    x = torch.rand(3, 1, 28, 28)
+    torch.testing.assert_close(predictor.predict(x), pruned(x))
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("make", [
+    compress.prune,
+    lambda model: compress.make_permanent(compress.prune(model)),
+    compress.share_weights,
+])  # fmt: skip
+def test_zeros_and_shared_values_are_simulated(runtime, make):
+    small = make(models.build("lenet-5"))
+    predictor = deploy.prepare(small, runtime, example_input=(torch.rand(1, 1, 28, 28),))
+    assert predictor.simulated
+    if "zero" in predictor.note:
+        assert "50.0% of the weights are zero, and are multiplied like the others" in predictor.note
+
+
+def test_removed_channels_are_real():
+    task = data.task(*[(torch.rand(8, 1, 28, 28), torch.arange(8))] * 3)
+    small = compress.prune_structured(models.build("lenet-5"), task)
+    assert not deploy.prepare(small, example_input=task.example_input).simulated

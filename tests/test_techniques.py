@@ -8,15 +8,19 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import warnings
 from collections.abc import Callable
 
+import networks
 import pytest
 import torch
 from networks import TwoInputs, two_inputs
-from torch import nn
+from torch import Tensor, nn
 
-from workbench import compress, data
+from workbench import compress, data, models
 from workbench.data import Task
+
+HELPERS = {"copy_of", "record_step", "make_permanent", "rewind"}
 
 
 def techniques() -> dict[str, Callable]:
@@ -30,7 +34,7 @@ def techniques() -> dict[str, Callable]:
             takes_model = parameters and parameters[0].name == "model"
             if takes_model and inspect.signature(function).return_annotation is nn.Module:
                 found[name] = function
-    return {name: f for name, f in found.items() if name not in {"copy_of", "record_step"}}
+    return {name: f for name, f in found.items() if name not in HELPERS}
 
 
 def apply(function: Callable, model: nn.Module, task: Task) -> nn.Module:
@@ -116,3 +120,82 @@ def test_the_result_can_be_copied_and_pickled(name, model_and_task):
     for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert torch.equal(twin(*task.example_input), expected)
         assert compress.steps(twin) == compress.steps(small)
+
+
+AWKWARD = {
+    "tied weights": networks.Tied,
+    "a module used twice": networks.Twice,
+    "grouped and transposed": networks.Transposed,
+    "frozen parameters": networks.frozen,
+    "bfloat16": networks.Bfloat16,
+    "batch norm": networks.plain,
+    "LSTM": networks.Recurrent,
+    "MultiheadAttention": networks.Attending,
+    "cannot be traced": networks.Branching,
+}
+
+
+def network_and_task(name: str) -> tuple[nn.Module, Task]:
+    """A reference network or an awkward one, and a few examples that it takes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def examples(*shape: int, codes: int = 0) -> Tensor:
+        if codes:
+            return torch.randint(0, codes, (24, *shape), generator=generator)
+        return torch.rand(24, *shape, generator=generator)
+
+    if name == "char-transformer":
+        inputs, target = examples(16, codes=81), examples(16, codes=81)
+    elif name in models.names():
+        inputs, target = examples(1, 28, 28), examples(codes=10)
+    else:
+        shape = {"tied weights": (6,), "cannot be traced": (4,)}.get(name, (3, 8, 8))
+        inputs = examples(*shape, codes=4 if name == "tied weights" else 0)
+        target = examples(codes=4)
+    torch.manual_seed(0)
+    model = models.build(name) if name in models.names() else AWKWARD[name]()
+    return model.eval(), data.task((inputs, target), (inputs, target), (inputs, target))
+
+
+@pytest.mark.parametrize("network", [*models.names(), *AWKWARD])
+@pytest.mark.parametrize("technique", sorted(techniques()))
+def test_every_network_works_or_is_refused_by_name(technique, network):
+    """What works has finite answers of the same shape, and says of each layer why it was left."""
+    model, task = network_and_task(network)
+    (inputs, *_), _ = next(iter(task.test.batches(24)))
+    before = model(inputs)
+    names = [name for name, _ in model.named_modules() if name]
+    refusal = ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "nothing quantized"
+        try:
+            small = apply(techniques()[technique], model, task)
+        except (ValueError, TypeError) as error:
+            refusal = str(error)
+    if refusal:
+        assert any(name in refusal for name in [type(model).__name__, *names]), refusal
+        return
+    after = small.eval()(inputs)
+    assert after.shape == before.shape
+    assert after.dtype == before.dtype
+    assert after.isfinite().all()
+    table = compress.coverage(small)
+    step = compress.steps(small)[-1]
+    if ": nothing " in step:
+        assert (table.reason != "").all()
+        torch.testing.assert_close(after, before)
+    else:
+        assert not torch.equal(after, before), "the technique did nothing, and did not say so"
+    assert torch.equal(model(inputs), before)
+
+
+@pytest.mark.parametrize("technique", sorted(techniques()))
+def test_what_torch_computes_before_each_call_is_refused_by_name(technique):
+    model, task = network_and_task("batch norm")
+    torch.nn.utils.prune.l1_unstructured(model[5], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"5 is pruned by torch.*prune\.remove first"):
+        apply(techniques()[technique], model, task)
+    model, task = network_and_task("batch norm")
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(ValueError, match="0 has parametrizations; remove them first"):
+        apply(techniques()[technique], model, task)

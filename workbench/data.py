@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 Source = Dataset | DataLoader | Callable[[], Iterable] | Sequence[Tensor]
@@ -293,6 +297,17 @@ def flip_and_shift(images: Tensor, generator: torch.Generator, pixels: int = 2) 
     return moved.movedim(-1, 1)  # (batch, channels, height, width)
 
 
+def recorded(name: str) -> "pd.DataFrame":
+    """What a long experiment measured; ``data/experiments/run.py`` holds it, and runs it again.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such record, or it was altered.
+    """
+    import pandas as pd
+
+    return pd.read_csv(verified(f"experiments/{name}.csv"))
+
+
 def folder() -> Path:
     """The ``data`` folder: beside the package, or where ``WORKBENCH_DATA`` says."""
     return Path(os.environ.get("WORKBENCH_DATA", Path(__file__).parents[1] / "data"))
@@ -326,6 +341,19 @@ def verified(name: str) -> Path:
             f"{expected[name][:12]}...; {restore}"
         )
     return path
+
+
+def write_checksums() -> None:
+    """Write ``data/SHA256SUMS`` for what lies in the folder now."""
+    patterns = ("*.xz", "*/*.gz", "models/*.safetensors", "models/*.json", "experiments/*.csv",
+                "experiments/*.json")  # fmt: skip
+    root = folder()
+    files = sorted(path for pattern in patterns for path in root.glob(pattern))
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}\n"
+        for path in files
+    ]
+    (root / "SHA256SUMS").write_text("".join(lines))
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], object]) -> None:

@@ -5,6 +5,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -22,6 +23,7 @@ Precision = Literal["float32", "mixed"]
 Schedule = Callable[[Optimizer, int], LRScheduler]
 Objective = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
+_raise_interrupts = ContextVar("raise_interrupts", default=False)
 
 
 def one_cycle(optimizer: Optimizer, steps: int) -> LRScheduler:
@@ -30,7 +32,8 @@ def one_cycle(optimizer: Optimizer, steps: int) -> LRScheduler:
     Reference: Smith and Topin (2018), "Super-convergence".
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    warm_up = 0.15 if steps == 10 else 0.1  # torch divides by zero where it is exactly one step
+    return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=warm_up, cycle_momentum=False)
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def fit(
             with loss scaling on older GPUs, and in float32 elsewhere.
         seed: of the order of examples, the augmentation and dropout.
 
-    Interrupting the notebook stops training and keeps the best weights so far. Device and modes
-    of the model are afterwards what they were.
+    Interrupting the notebook stops training and keeps the best weights so far (see
+    `raising_interrupts`). Device and modes of the model are afterwards what they were.
 
     Raises:
         ValueError: ``epochs`` < 1, a model with nothing to train, no batches, a device that is not
@@ -137,6 +140,8 @@ def fit(
                 if best is None or better(value, best[0]) != best[0]:
                     best = (value, epoch, copy.deepcopy(model.state_dict()))
         except KeyboardInterrupt:
+            if _raise_interrupts.get():
+                raise
             interrupted = True
         finally:
             bar.close()
@@ -145,6 +150,19 @@ def fit(
             model.zero_grad()
             model.to(home)
     return History(pd.DataFrame(rows), best and best[1], interrupted)
+
+
+@contextlib.contextmanager
+def raising_interrupts() -> Iterator[None]:
+    """Inside it, interrupting a `fit`, however deep, raises KeyboardInterrupt.
+
+    For callers to whom half a training is no result.
+    """
+    token = _raise_interrupts.set(True)
+    try:
+        yield
+    finally:
+        _raise_interrupts.reset(token)
 
 
 @dataclass(frozen=True)

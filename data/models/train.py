@@ -7,7 +7,6 @@ end, for the record.
 
 import argparse
 import copy
-import hashlib
 import json
 import platform
 import time
@@ -95,26 +94,13 @@ def train(name: str, seed: int) -> None:
     folder = data.folder() / "models"
     save_model(stored, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-    _write_checksums()
+    data.write_checksums()
     print(f"{name}: test {task.metric.name} {test.value:.4f}, written to data/models/")
 
 
 def _best(history: training.History) -> float:
     row = history.frame.set_index("epoch").loc[history.best_epoch]
     return float(row.filter(like="validation_").iloc[0])
-
-
-def _write_checksums() -> None:
-    root = data.folder()
-    files = [
-        *root.glob("*.xz"), *root.glob("*/*.gz"),
-        *root.glob("models/*.safetensors"), *root.glob("models/*.json"),
-    ]  # fmt: skip
-    lines = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(root).as_posix()}\n"
-        for path in sorted(files)
-    ]
-    (root / "SHA256SUMS").write_text("".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,19 @@
 """A model in, a cheaper model out. The model passed in is never changed."""
 
 from workbench.compress.computed import steps, weights
+from workbench.compress.distillation import distill
 from workbench.compress.grid import Grid
 from workbench.compress.layers import coverage
+from workbench.compress.low_rank import factorize
+from workbench.compress.planning import Plan, plan, sensitivity
+from workbench.compress.pruning import (
+    clip_weights,
+    make_permanent,
+    prune,
+    prune_gradually,
+    prune_threshold,
+    rewind,
+)
 from workbench.compress.quantization import (
     binarize,
     quantize_dynamic,
@@ -10,15 +21,66 @@ from workbench.compress.quantization import (
     quantize_weights,
 )
 from workbench.compress.quantization_aware import quantize_aware
+from workbench.compress.recipe import (
+    Binarize,
+    ClipWeights,
+    Distill,
+    Factorize,
+    FineTune,
+    Prune,
+    PruneGradually,
+    PruneStructured,
+    PruneThreshold,
+    QuantizeAware,
+    QuantizeDynamic,
+    QuantizeStatic,
+    QuantizeWeights,
+    Recipe,
+    Run,
+    ShareWeights,
+    Step,
+)
+from workbench.compress.structured import prune_structured
+from workbench.compress.weight_sharing import share_weights
 
 __all__ = [
+    "Binarize",
+    "ClipWeights",
+    "Distill",
+    "Factorize",
+    "FineTune",
     "Grid",
+    "Plan",
+    "Prune",
+    "PruneGradually",
+    "PruneStructured",
+    "PruneThreshold",
+    "QuantizeAware",
+    "QuantizeDynamic",
+    "QuantizeStatic",
+    "QuantizeWeights",
+    "Recipe",
+    "Run",
+    "ShareWeights",
+    "Step",
     "binarize",
+    "clip_weights",
     "coverage",
+    "distill",
+    "factorize",
+    "make_permanent",
+    "plan",
+    "prune",
+    "prune_gradually",
+    "prune_structured",
+    "prune_threshold",
     "quantize_aware",
     "quantize_dynamic",
     "quantize_static",
     "quantize_weights",
+    "rewind",
+    "sensitivity",
+    "share_weights",
     "steps",
     "weights",
 ]

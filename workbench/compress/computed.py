@@ -11,6 +11,8 @@ import copy
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 
 RECORD = "_workbench_"  # how the names of all that techniques note on a model begin
 _STEPS = f"{RECORD}steps"
@@ -20,6 +22,17 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy for a technique to work on, so that the caller's model is never changed."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    for name, module in model.named_modules():
+        if any(isinstance(h, BasePruningMethod) for h in module._forward_pre_hooks.values()):
+            raise ValueError(
+                f"{name or type(model).__name__} is pruned by torch.nn.utils.prune, which computes "
+                "its weight before each call; make that permanent with prune.remove first"
+            )
+        if is_parametrized(module):
+            raise ValueError(
+                f"{name or type(model).__name__} has parametrizations; remove them first with "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
     return copy.deepcopy(model)
 
 
@@ -197,17 +210,29 @@ def weight_of(layer: nn.Module, name: str) -> Tensor:
     return layer._parameters[name] if source is None else source()
 
 
-def make_dense(layer: nn.Module) -> None:
-    """Turn computed weights back into plain parameters that hold the same values."""
-    if not isinstance(layer, _Computed):
-        return
-    sources = dict(layer.sources.items())
-    del layer.sources
-    layer.__class__ = layer_type(layer)
-    for name, source in sources.items():
-        layer.register_parameter(name, nn.Parameter(source().detach().clone()))
-    if isinstance(layer, RECURRENT):
-        layer._flat_weights = [layer._parameters[name] for name in layer._flat_weights_names]
+def make_dense(*layers: nn.Module) -> None:
+    """Turn computed weights back into plain parameters that hold the same values.
+
+    Layers of one call that share a weight go on sharing it.
+    """
+    made: dict[nn.Module, nn.Parameter] = {}
+    for layer in layers:
+        if not isinstance(layer, _Computed):
+            continue
+        sources = dict(layer.sources.items())
+        del layer.sources
+        layer.__class__ = layer_type(layer)
+        for name, source in sources.items():
+            if source not in made:
+                frozen = [not parameter.requires_grad for parameter in source.parameters()]
+                trained = not frozen or not all(frozen)
+                made[source] = nn.Parameter(source().detach().clone(), requires_grad=trained)
+            layer.register_parameter(name, made[source])
+        # Parameters stand in the order in which torch makes them.
+        order = layer._flat_weights_names if isinstance(layer, RECURRENT) else ["weight", "bias"]
+        layer._parameters = {n: layer._parameters[n] for n in order if n in layer._parameters}
+        if isinstance(layer, RECURRENT):
+            layer._flat_weights = [*layer._parameters.values()]
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -147,6 +147,7 @@ class EagerPredictor(Predictor):
         super().__init__(device)
         self.model = model
         self.running = deepcopy(model).to(device).eval()
+        _make_masks_permanent(self.running)
         self._describe()
 
     def predict(self, *inputs: Tensor) -> Tensor:
@@ -155,6 +156,17 @@ class EagerPredictor(Predictor):
 
     def save(self, path: str | os.PathLike) -> None:
         models.save(self.model, path)
+
+
+def _make_masks_permanent(running: nn.Module) -> None:
+    """Masks serve training; answers need not multiply by them again and again."""
+    masked = [
+        layer
+        for layer in running.modules()
+        if layer_type(layer) is not None
+        and any(isinstance(source_of(layer, name), MaskedWeight) for name in weight_names(layer))
+    ]
+    make_dense(*masked)
 
 
 class CompiledPredictor(Predictor):

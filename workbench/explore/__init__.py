@@ -1,15 +1,18 @@
-"""What people look at and touch: pictures, panels, reports and exercises."""
+"""What people look at and touch: pictures, panels, reports, exercises and diagnoses."""
 
 from importlib import import_module
 
-_MODULES = ("exercises", "panels", "plots", "report")
+_MODULES = ("diagnosis", "differences", "exercises", "panels", "plots", "report")
+_FUNCTIONS = {"difference": "differences", "doctor": "diagnosis"}  # name -> its module
 
 
 def __getattr__(name: str):
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULES])
+    return sorted([*globals(), *_MODULES, *_FUNCTIONS])

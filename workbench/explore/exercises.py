@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
 
 Check = Callable[[object], bool]
@@ -165,5 +166,28 @@ EXERCISES = {
         why="1 / (1/4 + 1/2) is 1.33; on a smaller layer, where rounding takes longer than the "
         "product, int8 is slower.",
         hint="let the float32 layer take 1. The product now takes 1/4; add the rounding.",
+    ),
+    "04.1": Exercise(
+        returns(
+            [((torch.tensor(logits), t), torch.softmax(torch.tensor(logits) / t, 0))
+             for logits, t in (([4.0, 2.0, 0.0], 1), ([4.0, 2.0, 0.0], 4), ([-3.0, 5.0], 0.5),
+                               ([1000.0, 990.0, 0.0], 2))]
+        ),
+        why="A high temperature brings the probabilities together and keeps their order.",
+        hint="divide by the temperature before the exponential. Large logits overflow: take the "
+        "largest away from all of them first, which changes nothing else.",
+    ),
+    "04.2": Exercise(
+        returns([(shape, (math.prod(shape) - 1) // sum(shape))
+                 for shape in ((2048, 2048), (2048, 784), (784, 2048), (10, 2048), (4, 4))]),
+        why="r (m + n) < m n. For a square layer the rank must be under half of its width.",
+        hint="two thin layers have r (m + n) weights. Fewer means fewer: at 4 x 4, rank 2 takes "
+        "just as many as the layer.",
+    ),
+    "04.3": Exercise(
+        close_to((100 / 50) ** 2),
+        why="In the limit the divergence is the mean squared difference of the centred logits, "
+        "divided by 2 T²; the factor T² is there to undo that.",
+        hint="divide both sides of the limit by T². What does doubling T do to it?",
     ),
 }  # fmt: skip

@@ -1,11 +1,13 @@
 """Panels to touch: controls beside a picture, and the pure functions that do the work.
 
-`remaining` and `winner` answer the question that the panel asks: which candidates fit the limits,
-and which of these is best? They work without a kernel or a browser.
+`Explorer` puts controls on any function that draws. `Tradeoff` is the panel of the main question:
+which candidates fit the limits, and which of these is best? `remaining` and `winner` answer it
+without a kernel or a browser.
 """
 
 import html
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -145,10 +147,73 @@ class Tradeoff(widgets.VBox):
         name = None if best is None else best["name"]
         self.picture.value = plots.tradeoff(self.frame, keep=list(left["name"]), winner=name).png()
         line = _line(self.frame, self.limits, self.objective.value)
-        self.answer.value = f'<p role="status" aria-live="polite" style="margin:4px">{line}</p>'
+        self.answer.value = _status(line)
 
     def __repr__(self) -> str:
         return f"Tradeoff({len(self.frame)} candidates)"
+
+
+class Explorer(widgets.VBox):
+    """A picture with one control for each of its settings.
+
+    Args:
+        draw: a pure function of the settings that returns a `workbench.explore.plots.Picture`, or
+            a pair of one and a line of text to show above it.
+        settings: the choices of each, in order; numbers get a slider, texts a list to choose from.
+            A mapping shows its keys and passes its values.
+
+    Raises:
+        ValueError: no settings, or one without choices.
+
+    >>> from workbench.explore import plots
+    >>> panel = Explorer(lambda bits: plots.Picture(4, 3), bits=[2, 4, 8])
+    >>> panel.controls["bits"].value = 8
+    >>> panel.settings
+    {'bits': 8}
+    """
+
+    def __init__(self, draw: Callable[..., object], **settings: Sequence | Mapping[str, object]):
+        if not settings or not all(settings.values()):
+            raise ValueError(f"settings are {settings}; give each at least one choice")
+        self.draw = draw
+        self.controls = {name: _control(name, choices) for name, choices in settings.items()}
+        self.picture = widgets.Image(format="png", layout={"max_width": "100%", "width": "900px"})
+        self.answer = widgets.HTML(layout={"width": "auto"})
+        controls = widgets.Box([*self.controls.values()], layout=_wrapping())
+        super().__init__([controls, self.answer, self.picture])
+        for control in self.controls.values():
+            control.observe(self._show, names="value")
+        self._show()
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The settings as the controls stand."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def _show(self, _change: object = None) -> None:
+        drawn = self.draw(**self.settings)
+        picture, line = drawn if isinstance(drawn, tuple) else (drawn, "")
+        self.picture.value = picture.png()
+        self.answer.value = _status(html.escape(line)) if line else ""
+
+    def __repr__(self) -> str:
+        return f"Explorer({', '.join(self.controls)})"
+
+
+def _control(name: str, choices: Sequence | Mapping[str, object]) -> widgets.Widget:
+    pairs = [*choices.items()] if isinstance(choices, Mapping) else [(f"{c}", c) for c in choices]
+    numbers = all(isinstance(value, (int, float)) for _, value in pairs)
+    description = name.replace("_", " ").capitalize()
+    if numbers:
+        return widgets.SelectionSlider(
+            options=pairs, description=description, continuous_update=False, **_wide()
+        )
+    return widgets.Dropdown(options=pairs, description=description, **_wide())
+
+
+def _status(line: str) -> str:
+    """A line that screen readers announce when it changes."""
+    return f'<p role="status" aria-live="polite" style="margin:4px">{line}</p>'
 
 
 def _line(frame: pd.DataFrame, limits: Limits, objective: Objective) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from workbench.compress import computed
 from workbench.data import Task
 from workbench.explore import labels
-from workbench.training import evaluation_mode
+from workbench.explore.differences import class_name, kind_of_change, paired_outputs
 
 BLACK, GREY, FAINT = "#000000", "0.45", "0.82"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -253,15 +252,153 @@ def curve(
     return picture
 
 
+def heatmap(
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    value: str,
+    *,
+    value_label: str | None = None,
+    middle: float | None = None,
+    form: str = "{:.1f}",
+) -> Picture:
+    """Column ``value`` as a coloured and numbered cell for each pair of ``x`` and ``y``.
+
+    Rows and columns keep the order in which they first appear. With ``middle``, such as 0 for a
+    change, colours tell above (green) from below (violet) it; otherwise darker is more.
+
+    Raises:
+        ValueError: a column is missing, or two rows share a cell.
+    """
+    _check_columns(frame, [x, y, value])
+    if frame.duplicated([x, y]).any():
+        raise ValueError(f"two rows of the frame share one {x} and {y}; average them first")
+    table = frame.set_index([y, x])[value]
+    rows, columns = frame[y].unique(), frame[x].unique()
+    values = np.array([[table.get((row, column), math.nan) for column in columns] for row in rows])
+    with rc_context(_STYLE):
+        picture = Picture(2.6 + 0.75 * values.shape[1], 1.5 + 0.38 * values.shape[0])
+        axes = picture.subplots()
+        if middle is None:
+            colours = {"cmap": "Blues"}
+        else:
+            reach = np.nanmax(np.abs(values - middle)) or 1.0
+            colours = {"cmap": "PRGn", "vmin": middle - reach, "vmax": middle + reach}
+        image = axes.imshow(values, aspect="auto", **colours)
+        for (row, column), number in np.ndenumerate(values):
+            if not math.isnan(number):
+                shade = image.cmap(image.norm(number))
+                dark = np.dot(shade[:3], (0.299, 0.587, 0.114)) < 0.5
+                axes.text(column, row, form.format(number), ha="center", va="center",
+                          color="white" if dark else BLACK, fontsize=10)  # fmt: skip
+        axes.set_xticks(range(values.shape[1]), [f"{c:g}" if not isinstance(c, str) else c
+                                                 for c in columns])  # fmt: skip
+        axes.set_yticks(range(values.shape[0]), [str(r) for r in rows])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(x.replace("_", " "))
+        axes.set_ylabel(y.replace("_", " "))
+        axes.set_title(value_label or value.replace("_", " "), fontsize=11.5, loc="left")
+    return picture
+
+
+def ranked(frame: pd.DataFrame, name: str, *, value: str = "score", label: str | None = None,
+           mark: str | None = None) -> Picture:  # fmt: skip
+    """One line per row, best at the top: column ``value`` as a dot, with its interval.
+
+    ``mark`` is the name of a row to point out.
+    """
+    _check_columns(frame, [name, value])
+    rows = frame.sort_values(value, ascending=is_higher_better(frame))
+    low, high = interval_columns(value)
+    with rc_context(_STYLE):
+        picture = Picture(7.5, 1.2 + 0.26 * len(rows))
+        axes = picture.subplots()
+        for place, (_, row) in enumerate(rows.iterrows()):
+            chosen = row[name] == mark
+            error = None
+            if low in rows and high in rows:
+                error = [[row[value] - row[low]], [row[high] - row[value]]]
+            axes.errorbar(
+                row[value], place, xerr=error, capsize=3, linewidth=1.4,
+                color=COLOURS[1] if chosen else COLOURS[0], marker="D" if chosen else "o",
+            )  # fmt: skip
+        axes.set_yticks(range(len(rows)), list(rows[name]), fontsize=10)
+        axes.set_ylim(-0.7, len(rows) - 0.3)
+        axes.grid(axis="x", color=FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        if value == "score":
+            axes.set_xlabel(label or score_label(frame))
+            if is_percent(frame):
+                axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+        else:
+            axes.set_xlabel(label or value.replace("_", " "))
+    return picture
+
+
+def cut(weight: Tensor, curve: pd.DataFrame, sparsity: float) -> Picture:
+    """Which weights go when the smallest are pruned to ``sparsity``, and what that costs.
+
+    Left, the spread of the weights, with those that go in grey; right, the ``score`` of ``curve``
+    against its ``sparsity`` (one line for each ``criterion``, if there is such a column), with the
+    chosen sparsity marked.
+
+    Raises:
+        ValueError: a column is missing, or the sparsity is not from 0 to 1.
+    """
+    _check_columns(curve, ["sparsity", "score"])
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity}; give a share from 0 to 1")
+    values = weight.detach().flatten().float().cpu().numpy()
+    sizes = np.sort(np.abs(values))
+    count = round(sparsity * len(values))
+    threshold = float(sizes[count - 1]) if count else 0.0
+    with rc_context(_STYLE):
+        picture = Picture(9, 3.6)
+        left, right = picture.subplots(1, 2)
+        reach = float(sizes[int(0.999 * len(sizes))])
+        edges = np.linspace(-reach, reach, 82)
+        gone = (np.abs(values) <= threshold) & (count > 0)
+        left.hist(
+            [values[gone], values[~gone]], edges, stacked=True,
+            color=[FAINT, COLOURS[0]], label=["set to zero", "kept"],
+        )  # fmt: skip
+        for side in (-threshold, threshold):
+            left.axvline(side, color=GREY, linestyle="--", linewidth=1)
+        left.set_xlabel("weight")
+        left.set_ylabel("number of weights")
+        left.legend(frameon=False)
+        lines = curve.groupby("criterion", sort=False) if "criterion" in curve else [("", curve)]
+        for i, (criterion, rows) in enumerate(lines):
+            right.plot(
+                rows["sparsity"],
+                rows["score"],
+                color=COLOURS[i],
+                marker=MARKERS[i],
+                label=criterion,
+            )
+        right.axvline(sparsity, color=GREY, linestyle="--", linewidth=1)
+        right.set_xlabel("sparsity (%)")
+        right.xaxis.set_major_formatter(FuncFormatter(_percent))
+        right.set_ylabel(score_label(curve))
+        if is_percent(curve):
+            right.yaxis.set_major_formatter(FuncFormatter(_percent))
+        if "criterion" in curve:
+            right.legend(frameon=False)
+    return picture
+
+
 def family(technique: str) -> str:
     """A technique without its settings: what shares a marker, and a tick box in the panel.
 
     >>> family("int8 static per channel"), family("4-bit per group of 32, affine weights")
     ('int8 static', 'k-bit weights')
+    >>> family("pruned by magnitude (0.9, global) + fine-tuned (2 epochs)")
+    'pruned by magnitude + fine-tuned'
     """
     if technique == "none":
         return UNTOUCHED
-    settings = r"\([^()]*\)| per (group of \d+|\w+)|, affine|: nothing quantized"
+    settings = r"\([^()]*\)| per (group of \d+|\w+)|, affine|: nothing \w+"
     return re.sub(r"\b\d+-bit\b", "k-bit", re.sub(settings, "", str(technique))).strip()
 
 
@@ -511,31 +648,26 @@ def _changes(
 ) -> tuple[pd.DataFrame, dict[int, np.ndarray]]:
     """Rows of `answer_changes`, and the images of the broken ones by row number."""
     rows, images, start = [], {}, 0
-    with evaluation_mode(before), evaluation_mode(after), torch.no_grad():
-        for inputs, target in getattr(task, split).batches():
-            old, new = (_answers(model, inputs, target) for model in (before, after))
-            for i in (old != new).nonzero().flatten().tolist():
-                right = target[i].item()
-                was, now = old[i].item(), new[i].item()
-                kind = "fixed" if now == right else "broken" if was == right else "other"
-                if kind == "broken" and (image := _image(inputs[0][i])) is not None:
-                    images[len(rows)] = image
-                rows.append((start + i, *(_class_name(task, c) for c in (right, was, now)), kind))
-            start += len(target)
+    for inputs, target, *outputs in paired_outputs(before, after, task, split):
+        old, new = (_answers(output, target) for output in outputs)
+        for i in (old != new).nonzero().flatten().tolist():
+            right = target[i].item()
+            was, now = old[i].item(), new[i].item()
+            kind = kind_of_change(right, was, now)
+            if kind == "broken" and (image := _image(inputs[0][i])) is not None:
+                images[len(rows)] = image
+            rows.append((start + i, *(class_name(task, c) for c in (right, was, now)), kind))
+        start += len(target)
     return pd.DataFrame(rows, columns=["index", "target", "before", "after", "kind"]), images
 
 
-def _answers(model: Callable[..., Tensor], inputs: tuple[Tensor, ...], target: Tensor) -> Tensor:
-    device = getattr(model, "device", "cpu")
-    if isinstance(model, nn.Module):
-        device = next((p.device for p in model.parameters()), "cpu")
-    output = model(*(x.to(device) for x in inputs))
+def _answers(output: Tensor, target: Tensor) -> Tensor:
     if output.ndim != 2 or target.ndim != 1:
         raise ValueError(
             f"outputs of shape {tuple(output.shape)} for targets of shape {tuple(target.shape)}; "
             "changes of answers need one class per example: (batch, classes) and (batch,)"
         )
-    return output.argmax(-1).cpu()
+    return output.argmax(-1)
 
 
 def _image(x: Tensor) -> np.ndarray | None:
@@ -544,10 +676,6 @@ def _image(x: Tensor) -> np.ndarray | None:
         return None
     x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-9)
     return (x[0] if x.shape[0] == 1 else x.movedim(0, -1)).cpu().numpy()
-
-
-def _class_name(task: Task, number: int) -> str | int:
-    return task.labels[number] if task.labels else number
 
 
 def _classes(task: Task, changes: pd.DataFrame) -> list:

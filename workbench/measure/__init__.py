@@ -1,6 +1,6 @@
 """The evidence: bytes, counts, latency and accuracy, each with how sure one can be of it."""
 
-from workbench.measure.accuracy import interval, paired_p_value, several_seeds
+from workbench.measure.accuracy import interval, over_seeds, paired_p_value, several_seeds
 from workbench.measure.comparison import compare
 from workbench.measure.hardware import Hardware, hardware
 from workbench.measure.latency import Latency, measure_latency, verdict
@@ -27,6 +27,7 @@ __all__ = [
     "macs",
     "measure_latency",
     "nonzeros",
+    "over_seeds",
     "paired_p_value",
     "parameters",
     "peak_memory_bytes",

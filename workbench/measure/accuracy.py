@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 from torch import Tensor
 
@@ -84,6 +85,31 @@ def several_seeds(values: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"there is {len(values)} value; give 2 or more, one for each seed")
     values = np.asarray(values, dtype=float)
     return float(values.mean()), float(values.std(ddof=1))
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], value: str = "score") -> pd.DataFrame:
+    """Runs that differ only in their seed, as one row for each combination of the columns ``by``.
+
+    Returns those columns, then ``value`` (the mean), ``value_sd`` (standard deviation, NaN for a
+    single run), ``value_low`` and ``value_high`` (mean minus and plus one SD), and ``count``.
+
+    >>> runs = pd.DataFrame({"bits": [2, 2, 2], "seed": [0, 1, 2], "score": [0.25, 0.5, 0.75]})
+    >>> over_seeds(runs, ["bits"])
+       bits  score  score_sd  score_low  score_high  count
+    0     2    0.5      0.25       0.25        0.75      3
+    """
+    runs = frame.groupby([*by], sort=False)[value]
+    table = runs.agg(["mean", "std", "count"]).reset_index()
+    spread = table["std"].fillna(0)
+    return table[[*by]].assign(
+        **{
+            value: table["mean"],
+            f"{value}_sd": table["std"],
+            f"{value}_low": table["mean"] - spread,
+            f"{value}_high": table["mean"] + spread,
+            "count": table["count"],
+        }
+    )
 
 
 def _checked(scores: Scores, proportion: bool) -> np.ndarray:
