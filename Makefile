@@ -14,7 +14,7 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
   {"fetchNews": "false", "checkForUpdates": false}}
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test report models bench format lock clean
+.PHONY: help lab test report models experiments bench format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,9 +35,14 @@ report: $(INSTALLED) ## the main comparison as one HTML page: build/report.html
 models: $(INSTALLED) ## train the reference networks again (hours on two cores)
 	$(BIN)/python data/models/train.py $(ARGS)
 
+experiments: $(INSTALLED) ## measure again what the notebooks only show (hours on two cores)
+	$(BIN)/python data/experiments/run.py $(ARGS)
+
 bench: $(INSTALLED) ## side by side with other tools; installs the extra [bench] first
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e ".[bench]"
 	set -e; for script in notebooks/benchmarks/*.py; do $(BIN)/python "$$script"; done
+	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build \
+	  notebooks/benchmarks/compression.ipynb
 
 format: $(INSTALLED) ## put code and notebooks in the project's style
 	$(BIN)/ruff check --fix .

@@ -89,6 +89,24 @@ def test_02_1_refuses_the_usual_mistakes(wrong):
     assert check("02.1", wrong).right is False
 
 
+def soft(w, alpha):
+    return w.sign() * (w.abs() - alpha).clamp(min=0)
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "right"),
+    [("03.1", soft, True), ("03.1", lambda w, alpha: w - alpha * w.sign(), False),
+     ("03.1", lambda w, alpha: w * (w.abs() > alpha), False),
+     ("03.2", 1 / 3, True), ("03.2", 2 / 3, False), ("03.2", 0.5, False),
+     ("03.3", 0.25, True), ("03.3", 0.5, False),
+     ("06.1", 24, True), ("06.1", 120, False),
+     ("06.2", (4, 2), True), ("06.2", (2, 4), False), ("06.2", (3, 3), False),
+     ("06.3", 0.4, True), ("06.3", 0.7, False)],
+)  # fmt: skip
+def test_compression_exercises_know_right_from_wrong(number, answer, right):
+    assert check(number, answer).right is right
+
+
 @pytest.mark.parametrize("answer", [[1, 2], (1.0, 2.0), np.array([1, 2]), torch.tensor([1.0, 2.0])])
 def test_close_to_takes_lists_arrays_and_tensors(answer):
     assert close_to([1, 2])(answer)

@@ -22,8 +22,8 @@ from workbench.compress.recipe import (
     QuantizeWeights,
     Recipe,
     ShareWeights,
-    file_bytes,
 )
+from workbench.models import file_bytes
 
 
 def perceptron(width: int = 40) -> nn.Module:

@@ -29,8 +29,8 @@ from workbench.compress.recipe import (
     QuantizeWeights,
     Recipe,
     Step,
-    file_bytes,
 )
+from workbench.models import file_bytes
 
 STEPS = sorted(Step.__subclasses__(), key=lambda step: step.__name__)
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -8,6 +8,8 @@ import copy
 import json
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,14 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """Write a module's state as ``.safetensors``: shared tensors once, the whole file or none."""
     stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
     data.write_whole(path, lambda temporary: save_model(stored, temporary))
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the file that `save` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        save(model, path)
+        return path.stat().st_size
 
 
 def lenet_300_100() -> nn.Module:

@@ -18,7 +18,6 @@ import inspect
 import io
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -240,7 +239,7 @@ class Recipe:
                     work = step(work, task, teacher=model, device=device, progress=progress)
                 seconds = time.perf_counter() - start
                 score = evaluate(work, task, split="validation", device=device_of(work)).value
-                row = (repr(step), file_bytes(work), score, seconds, False)
+                row = (repr(step), models.file_bytes(work), score, seconds, False)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if paths:
                     _write(paths[index], work, rows)
@@ -310,14 +309,6 @@ class Recipe:
                     step = replace(step, optimizer=_interrupt)
                 with _named(index, self.steps[index]):
                     work = step(work, few, teacher=teacher, device=device, progress=False)
-
-
-def file_bytes(model: nn.Module) -> int:
-    """Bytes of the file that `workbench.models.save` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.safetensors")
-        models.save(model, path)
-        return path.stat().st_size
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -167,6 +167,27 @@ EXERCISES = {
         "product, int8 is slower.",
         hint="let the float32 layer take 1. The product now takes 1/4; add the rounding.",
     ),
+    "03.1": Exercise(
+        returns(
+            [((torch.tensor(w), a), torch.nn.functional.softshrink(torch.tensor(w), a))
+             for w, a in (([-1.0, -0.2, 0.0, 0.2, 1.0], 0.5), ([0.3, -0.3], 0.3), ([-2.0], 0.0))]
+        ),
+        why="The sign stays, the size goes down by alpha, and never below 0.",
+        hint="sign(w) times the larger of |w| - alpha and 0; clamp(min=0) does the latter.",
+    ),
+    "03.2": Exercise(
+        close_to(1 / 3),
+        why="32 bits for every weight against 48 for each that is left: the density must be below "
+        "32/48, so the sparsity above 1/3. With 32 bits for a position it would be 1/2.",
+        hint="of n weights, d n are left. Compare 32 n bits with (32 + 16) d n, and solve for "
+        "1 - d.",
+    ),
+    "03.3": Exercise(
+        close_to(1 / 4),
+        why="Half of the inputs times half of the outputs. Only the first convolution, whose "
+        "inputs are the image, keeps half.",
+        hint="a convolution of k x k multiplies each of its outputs by k * k * input channels.",
+    ),
     "04.1": Exercise(
         returns(
             [((torch.tensor(logits), t), torch.softmax(torch.tensor(logits) / t, 0))
@@ -189,5 +210,21 @@ EXERCISES = {
         why="In the limit the divergence is the mean squared difference of the centred logits, "
         "divided by 2 T²; the factor T² is there to undo that.",
         hint="divide both sides of the limit by T². What does doubling T do to it?",
+    ),
+    "06.1": Exercise(
+        close_to(24, relative=1e-9),
+        why="The pair moves as one: four things have 4! = 24 orders.",
+        hint="take pruning and fine-tuning as one step; how many orders have four steps?",
+    ),
+    "06.2": Exercise(
+        close_to((4, 2), relative=1e-9),
+        why="It loses 0.2 + 0.6 = 0.8 points; (3, 3) loses 1.3 and (2, 4) loses 5.2. The layer "
+        "that can stand least gets most.",
+        hint="6,000 bits for 2,000 weights allow (2, 4), (3, 3) and (4, 2). Add up the losses.",
+    ),
+    "06.3": Exercise(
+        close_to(0.4, relative=0.001),
+        why="1.1 - (0.4 + 0.3): what the sum of the single losses does not explain.",
+        hint="if they did not interact, both together would cost the sum.",
     ),
 }  # fmt: skip

@@ -37,15 +37,14 @@ def artifact_bytes(model: nn.Module | Predictor) -> int:
     Raises:
         TypeError: a bare callable, which cannot be saved.
     """
+    if isinstance(model, nn.Module):
+        return models.file_bytes(model)
+    if not isinstance(model, Predictor):
+        raise TypeError(
+            f"a {type(model).__name__} has no size; give a torch.nn.Module or a Predictor"
+        )
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(model, nn.Module):
-            models.save(model, Path(folder, "model.safetensors"))
-        elif isinstance(model, Predictor):
-            model.save(Path(folder, "model" + model.suffix))
-        else:
-            raise TypeError(
-                f"a {type(model).__name__} has no size; give a torch.nn.Module or a Predictor"
-            )
+        model.save(Path(folder, "model" + model.suffix))
         # Every file: large ONNX models keep their weights in a second one.
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
