@@ -92,7 +92,7 @@ def structured() -> Iterator[dict]:
     """What a residual network loses with half of its work, and gets back by training."""
     task = data.fashion_mnist()
     dense = models.pretrained("resnet-14")
-    half = compress.prune_structured(dense, task, macs=0.5, scope="layer")
+    half = compress.prune_structured(dense, task, macs=0.5, importance="l1", scope="layer")
     tuned = fine_tune(half, "resnet-14", task, seed=0, examples=55_000, epochs=3)
     int8 = compress.quantize_static(tuned, task)
     stages = {"dense": dense, "removed": half, "fine-tuned": tuned, "int8": int8}
@@ -104,7 +104,7 @@ def structured_transformer() -> Iterator[dict]:
     """The same for a transformer: half of its feed-forward neurons, a quarter of its heads."""
     task = data.austen()
     dense = models.pretrained("char-transformer")
-    half = compress.prune_structured(dense, task, sparsity=0.5, heads=0.25)
+    half = compress.prune_structured(dense, task, sparsity=0.5, heads=0.25, importance="l1")
     tuned = copy.deepcopy(half)
     part = smaller(task, 12_800, seed=0)
     training.fit(tuned, part, batch_size=64, optimizer=partial(torch.optim.AdamW, lr=2e-3),
