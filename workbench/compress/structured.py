@@ -79,7 +79,7 @@ def prune_structured(
         importance: of a channel: "taylor", the squared change of the loss, to first order, if
             nothing read it, from batches of 128 of ``samples`` training examples; or the "l1" or
             "l2" norm of the weights that make it, relative to the mean in its group, which needs
-            no examples but keeps less accuracy (see the benchmark of compression).
+            no examples.
         scope: rank all channels of the model together ("global"), or remove the same share of each
             group ("layer").
         round_to: keep a multiple of this many channels, for which kernels are fast, wherever that
