@@ -398,7 +398,7 @@ def family(technique: str) -> str:
     """
     if technique == "none":
         return UNTOUCHED
-    settings = r"\([^()]*\)| per (group of \d+|\w+)|, affine|: nothing \w+"
+    settings = r"\s*\([^()]*\)| per (group of \d+|\w+)|, affine|: nothing \w+"
     return re.sub(r"\b\d+-bit\b", "k-bit", re.sub(settings, "", str(technique))).strip()
 
 
