@@ -40,16 +40,19 @@ def test_unknown_room_is_an_attribute_error():
         _ = workbench.nothing_here
 
 
-# Arrows point one way: explore -> measure -> compress, deploy -> data, models, training.
+# Arrows point one way: explore -> measure -> compress, storage, transfer, deploy -> data, models,
+# training. Storage takes apart what compress made; transfer looks into the files of storage.
 BENCH = {"data", "models", "training"}
 ALLOWED = {
     "data": set(),
     "models": {"data"},
     "training": {"data"},
     "compress": BENCH | {"compress"},
+    "storage": BENCH | {"compress", "storage"},
+    "transfer": BENCH | {"storage", "transfer"},
     "deploy": BENCH | {"compress", "deploy"},
-    "measure": BENCH | {"compress", "deploy", "measure"},
-    "explore": BENCH | {"compress", "deploy", "measure", "explore"},
+    "measure": BENCH | {"compress", "storage", "transfer", "deploy", "measure"},
+    "explore": BENCH | {"compress", "storage", "transfer", "deploy", "measure", "explore"},
 }
 PACKAGE = Path(workbench.__file__).parent
 MODULES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})

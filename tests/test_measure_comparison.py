@@ -72,6 +72,23 @@ def test_one_tidy_row_for_each():
     assert math.isnan(frame.peak_memory_bytes[2])
 
 
+def test_files_are_coded_on_demand():
+    pruned = compress.prune(small(), sparsity=0.9)
+    candidates = {"plain": small(), "coded": pruned, "ORT": (small(), "onnxruntime")}
+    plain = compare(TASK, candidates, **FAST).set_index("name")
+    named = compare(TASK, candidates, codec={"coded": "huffman"}, **FAST).set_index("name")
+    everywhere = compare(TASK, candidates, codec="huffman", **FAST).set_index("name")
+    coded = size.artifact_bytes(pruned, codec="huffman")
+    assert coded < plain.size_bytes["coded"]
+    assert named.size_bytes.to_dict() == plain.size_bytes.to_dict() | {"coded": coded}
+    assert named.compression_ratio["coded"] == plain.size_bytes["plain"] / coded
+    assert "file coded (huffman)" in named.note["coded"]
+    assert everywhere.size_bytes["plain"] < plain.size_bytes["plain"]
+    assert everywhere.size_bytes["ORT"] == plain.size_bytes["ORT"]
+    assert "coded" not in everywhere.note["ORT"] + named.note["plain"]
+    assert set(everywhere.error) == {""}
+
+
 def test_a_named_baseline():
     frame = compare(TASK, {"a": small(), "b": models.build("lenet-5")}, baseline="b", **FAST)
     assert frame.verdict[1] == "baseline"
@@ -304,6 +321,8 @@ def test_interrupting_passes_through():
         (None, {"repeats": 1}, "repeats is 1"),
         (None, {"split": "exam"}, "split is 'exam'"),
         (None, {"runtime": "abacus"}, "runtime is 'abacus'"),
+        (None, {"codec": "zip"}, "codec is 'zip'; choose 'auto' or one of plain, run_length"),
+        (None, {"codec": {"b": "auto"}}, r"codec names \['b'\]; candidates are \['a'\]"),
     ],
 )
 def test_bad_arguments_are_refused(models, arguments, message):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from workbench import models
+from workbench import models, storage
 from workbench.deploy.runtimes import Predictor, prepare
 from workbench.measure import size
 
@@ -62,8 +62,28 @@ def test_non_contiguous_weights_are_saved():
 
 
 def test_a_callable_has_no_bytes():
-    with pytest.raises(TypeError, match="function has no size"):
-        size.artifact_bytes(lambda x: x)
+    for codec in (None, "huffman"):
+        with pytest.raises(TypeError, match="function has no size"):
+            size.artifact_bytes(lambda x: x, codec=codec)
+
+
+def test_coded_bytes_are_those_of_the_coded_file(tmp_path):
+    model = models.build("lenet-300-100")
+    account = storage.save(model, tmp_path / "m.safetensors", codec="huffman", progress=False)
+    assert account.size_bytes == (tmp_path / "m.safetensors").stat().st_size
+    assert size.artifact_bytes(model, codec="huffman") == account.size_bytes
+    assert size.artifact_bytes(eager(model), codec="huffman") == account.size_bytes
+    assert account.size_bytes < size.artifact_bytes(model)
+
+
+def test_only_safetensors_files_are_coded():
+    class Other(Predictor):
+        suffix, runtime, model = ".onnx", "onnxruntime", nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="codec is 'auto', but a onnxruntime artifact"):
+        size.artifact_bytes(Other(), codec="auto")
+    with pytest.raises(ValueError, match="codec is 'zip'; choose"):
+        size.artifact_bytes(nn.Linear(2, 2), codec="zip")
 
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 1.0, -2.0]), min_size=1, max_size=30))

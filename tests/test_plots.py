@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 from torch import nn
 
-from workbench import data, models
+from workbench import compress, data, models, storage
 from workbench.explore import plots
+from workbench.storage.ledger import KIND_COLUMNS
 
 
 def texts_of(axes):
@@ -377,3 +378,123 @@ def test_cut_at_both_ends(sparsity):
 def test_cut_refuses_a_share_that_is_none():
     with pytest.raises(ValueError, match="give a share from 0 to 1"):
         plots.cut(torch.ones(2), pd.DataFrame({"sparsity": [0], "score": [1]}), 1.5)
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory):
+    model = compress.share_weights(models.pretrained("lenet-300-100"), clusters=8)
+    path = tmp_path_factory.mktemp("ledger") / "model.safetensors"
+    return storage.save(model, path, codec="huffman", progress=False)
+
+
+def test_ledger_bars_hold_every_byte(account):
+    bars = plots.ledger_bars(account)
+    assert bars["size_bytes"].sum() == account.size_bytes
+    kinds = account.by_kind()
+    for kind, column in KIND_COLUMNS.items():
+        assert bars[column].sum() == kinds[kind]
+    assert bars["tensor"].tolist() == ["1.weight", "3.weight", "1.bias", "4 smaller ones"]
+    assert bars["size_bytes"][:-1].is_monotonic_decreasing
+    few = plots.ledger_bars(account, most=1)
+    assert few["size_bytes"].tolist() == [
+        bars["size_bytes"][0], account.size_bytes - bars["size_bytes"][0]
+    ]  # fmt: skip
+    rows = account.frame.set_index("tensor")
+    entropy = rows.loc["1.weight"]["entropy_bits"] * 235_200 / 8
+    assert bars["entropy_bytes"][0] == pytest.approx(entropy)
+    assert bars["label"][0] == (
+        f"{rows.loc['1.weight']['size_bytes']:,} B, {rows.loc['1.weight']['bits_per_weight']:.3g} "
+        "bits a weight"
+    )
+
+
+def test_ledger_draws_the_bars_and_the_bound(account):
+    (axes,) = plots.ledger(account).axes
+    bars = plots.ledger_bars(account)
+    ends = dict.fromkeys(bars.index, 0.0)
+    for patch in axes.patches:  # each part begins where the one before it ends
+        row = round(patch.get_y() + patch.get_height() / 2)
+        assert patch.get_x() == pytest.approx(ends[row])
+        ends[row] += patch.get_width()
+    assert ends == pytest.approx((bars["size_bytes"] / 1000).to_dict())
+    (bound,) = axes.lines
+    assert list(bound.get_xdata()) == pytest.approx(list(bars["entropy_bytes"] / 1000))
+    assert axes.get_xlabel() == "size in the file (kB)"
+    assert [label.get_text() for label in axes.get_yticklabels()] == bars["tensor"].tolist()
+    assert axes.get_title(loc="left").startswith(f"{account.size_bytes:,} bytes")
+    assert texts_of(axes) == bars["label"].tolist()
+    names = legend_of(plots.ledger(account))
+    assert {"values", "codebook", "header", "entropy of the values"} <= set(names)
+    assert "positions" not in names
+
+
+def test_a_ledger_without_entropy_has_no_bound(account, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    models.save(models.build("lenet-300-100"), path)
+    (axes,) = plots.ledger(storage.inspect(path)).axes
+    assert not axes.lines
+    assert axes.get_xlabel() == "size in the file (kB)"
+
+
+def test_an_empty_ledger_is_refused(account):
+    with pytest.raises(ValueError, match="no rows"):
+        plots.ledger(storage.Ledger(account.frame[:0]))
+
+
+counted = st.dictionaries(st.integers(), st.integers(0, 1000), min_size=2, max_size=16)
+
+
+@given(counted.filter(lambda counts: sum(count > 0 for count in counts.values()) > 1))
+def test_code_words_are_a_shortest_prefix_code(counts):
+    words = plots.code_words(counts)
+    codes = words["code"].tolist()
+    assert all(not b.startswith(a) for a, b in itertools.permutations(codes, 2))
+    assert sum(2.0 ** -len(code) for code in codes) == 1
+    used = sorted(count for count in counts.values() if count > 0)
+    total = sum(used)
+    cost = 0
+    while len(used) > 1:  # as Huffman did it
+        pair, used = used[:2], used[2:]
+        cost += sum(pair)
+        used = sorted([*used, sum(pair)])
+    mean = (words["share"] * words["code"].str.len()).sum()
+    assert mean == pytest.approx(cost / total)
+    assert words["share"].sum() == pytest.approx(1)
+
+
+def test_code_words_of_data():
+    assert dict(zip(*plots.code_words("aab")[["symbol", "code"]].to_numpy().T, strict=True)) == {
+        "a": "0", "b": "1"
+    }  # fmt: skip
+    tensor = torch.tensor([[0.5, 0.5], [0.5, -1.0]])
+    assert plots.code_words(tensor)["symbol"].tolist() == [0.5, -1.0]
+    assert plots.code_words({"x": 1, "never": 0, "y": 3})["symbol"].tolist() == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("symbols", "message"),
+    [
+        ("aaa", "1 different symbols occur; .* 2 to 16"),
+        (range(17), "17 different symbols"),
+        ({"a": 1, "b": -1}, r"counts are \[1, -1\]"),
+        ({"a": 1, "b": math.nan}, "give 0 or more"),
+    ],
+)
+def test_symbols_that_make_no_tree(symbols, message):
+    with pytest.raises(ValueError, match=message):
+        plots.code_tree(symbols)
+
+
+def test_code_tree_leads_to_each_symbol_by_its_code():
+    counts = {"a": 8, "b": 4, "c": 2, "d": 2}
+    tree, table = plots.code_tree(counts).axes
+    leaves = [line for line in tree.lines if line.get_marker() == "s"]
+    assert [(leaf.get_xdata()[0], leaf.get_ydata()[0]) for leaf in leaves] == [
+        (1, 0), (2, 1), (3, 2), (3, 3)
+    ]  # fmt: skip
+    assert [text.get_text() for text in table.texts[3:]] == [
+        "a", "50 %", "0", "b", "25 %", "10", "c", "12.5 %", "110", "d", "12.5 %", "111"
+    ]  # fmt: skip
+    assert sorted(text.get_text() for text in tree.texts) == ["0"] * 3 + ["1"] * 3
+    title = plots.code_tree(counts)._suptitle.get_text()
+    assert title == "1.750 bits a symbol on average; the entropy is 1.750"

@@ -1,15 +1,18 @@
 """See and feel what it takes to make a model cheaper to serve.
 
 Rooms: ``data``, ``models`` and ``training`` are the bench; ``compress`` makes a model cheaper,
-``deploy`` runs it, ``measure`` gives the evidence and ``explore`` shows it. Each is imported when
-it is first used, so that ``import workbench`` itself costs almost nothing.
+``storage`` makes a small file of it, ``transfer`` takes that to another machine, ``deploy`` runs
+it, ``measure`` gives the evidence and ``explore`` shows it. Each is imported when it is first used,
+so that ``import workbench`` itself costs almost nothing.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-_ROOMS = ("compress", "data", "deploy", "explore", "measure", "models", "training")
+_ROOMS = (
+    "compress", "data", "deploy", "explore", "measure", "models", "storage", "training", "transfer",
+)  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -8,8 +8,10 @@ only what the source stores.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -47,13 +49,44 @@ def steps(model: object) -> tuple[str, ...]:
     return getattr(model, _STEPS, ())
 
 
+def set_steps(model: nn.Module, done: Sequence[str]) -> None:
+    """Note on ``model`` that it was made by these steps, and forget what others left on it."""
+    if steps(model) != tuple(done):
+        for key in [key for key in vars(model) if key.startswith(RECORD)]:
+            delattr(model, key)
+        setattr(model, _STEPS, tuple(done))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What has to be kept of a source or quantizer, for `restored` to make it again.
+
+    ``shape`` is that of the dense weight. ``parts`` are tensors; codes stand unpacked, one row for
+    each output channel, as an entropy coder wants them. ``settings`` are whole numbers from 0.
+    """
+
+    shape: tuple[int, ...] = ()
+    settings: tuple[int, ...] = ()
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Source(nn.Module):
     """What computes a weight: called, it returns the dense weight, through which gradients flow to
     its parameters."""
 
     lowers_to_int8 = False  # whether runtimes have kernels that compute with what it stores
+    shape: tuple[int, ...]  # of the weight
 
     def forward(self) -> Tensor:
+        raise NotImplementedError
+
+    def stored(self) -> Stored:
+        """What a file keeps of it."""
+        raise NotImplementedError
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "Source":
+        """The inverse of `stored`."""
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -79,11 +112,25 @@ class MaskedWeight(Source):
 
     def __init__(self, weight: Tensor, keep: Tensor, requires_grad: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(weight.detach() * keep, requires_grad=requires_grad)
+        # Chosen, not multiplied: a pruned weight is +0, never -0, which would be a second symbol.
+        kept = torch.where(keep, weight.detach(), 0)
+        self.weight = nn.Parameter(kept, requires_grad=requires_grad)
         self.register_buffer("keep", keep, persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
 
     def forward(self) -> Tensor:
         return self.weight * self.keep
+
+    def stored(self) -> Stored:
+        return Stored(self.shape, parts={"weight": torch.where(self.keep, self.weight.detach(), 0)})
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "MaskedWeight":
+        weight = stored.parts["weight"]
+        return cls(weight, weight != 0)
 
     def describe(self) -> str:
         return f"float, {1 - self.keep.float().mean().item():.1%} zeros"
@@ -115,6 +162,9 @@ class _Computed:
 
 
 class _ComputedRecurrent(_Computed):
+    def _update_flat_weights(self) -> None:
+        """Nothing to update: the list of weights is made anew for each call."""
+
     def forward(self, *args):
         # Recurrent layers read their weights from this list, in this order.
         self._flat_weights = [
@@ -232,7 +282,7 @@ def make_dense(*layers: nn.Module) -> None:
         order = layer._flat_weights_names if isinstance(layer, RECURRENT) else ["weight", "bias"]
         layer._parameters = {n: layer._parameters[n] for n in order if n in layer._parameters}
         if isinstance(layer, RECURRENT):
-            layer._flat_weights = [*layer._parameters.values()]
+            layer._init_flat_weights()
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

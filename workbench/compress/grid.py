@@ -124,15 +124,21 @@ def round_weight(weight: Tensor, grid: Grid, axis: int = 0) -> tuple[Tensor, Ten
     return from_rows(codes.clamp(*grid.codes), weight.shape, axis).long(), scale, zero_point
 
 
+_PIECE = 2**16  # codes packed at a time, as each bit takes 8 bytes then; ends on a whole byte
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Write non-negative integers below ``2 ** bits`` one after the other into a uint8 vector.
 
     >>> pack(torch.tensor([1, 0, 3, 2]), bits=2)
     tensor([177], dtype=torch.uint8)
     """
-    stream = (codes.flatten()[:, None] >> torch.arange(bits)) & 1  # (codes, bits), low bit first
-    stream = torch.nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
-    return (stream << torch.arange(8)).sum(-1).to(torch.uint8)
+    packed = []
+    for piece in codes.flatten().split(_PIECE):
+        stream = (piece[:, None] >> torch.arange(bits)) & 1  # (codes, bits), low bit first
+        stream = torch.nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
+        packed.append((stream << torch.arange(8)).sum(-1).to(torch.uint8))
+    return torch.cat(packed)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -100,7 +100,7 @@ def factorize(
             tried = " and ".join(map(str, ranks[name]))
             left[name] = f"rank {tried} would not make it smaller"
         else:
-            work = _replace(work, layers[name], _product(layers[name], modes, chosen))
+            work = replace_layer(layers[name], _product(layers[name], modes, chosen), work)
     done = [name for name in layers if name not in left]
     return finish(work, model, step, done, left, "factorized")
 
@@ -316,34 +316,39 @@ def _onto(kept: Tensor, weight: Tensor) -> Tensor:
 def _product(layer: nn.Module, modes: _Modes, ranks: Ranks) -> nn.Sequential:
     """The layers that take the place of ``layer``, with its bias, mode and hooks."""
     make_dense(layer)
-    factors = _factors(modes, ranks)
-    last = max(place for place, factor in enumerate(factors) if factor is not None)
-    # The kernel is in the middle of three; of two, the first looks at the image.
-    looking = 1 if len(factors) == 3 else 0
+    factors = [factor for factor in _factors(modes, ranks) if factor is not None]
+    product = thin_layers(layer, [tuple(factor.shape) for factor in factors])
+    for thin, factor in zip(product, factors, strict=True):
+        weight = factor.reshape(thin.weight.shape).to(layer.weight).contiguous()
+        thin.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    return product
+
+
+def thin_layers(layer: nn.Module, shapes: Sequence[Shape]) -> nn.Sequential:
+    """The product that takes the place of a plain ``layer``: its last layer has its bias, all of
+    it its mode and hooks; the weights have no values yet."""
+    kernel = math.prod(getattr(layer, "kernel_size", ()))
+    looking = [positions for *_, positions in shapes].index(kernel)  # the first looks at the image
     made = []
-    for place, factor in enumerate(factors):
-        if factor is None:
-            continue
-        outputs, inputs, _ = factor.shape
+    for place, (outputs, inputs, _) in enumerate(shapes):
         settings = {}
         if isinstance(layer, CONVOLUTIONS):
             names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
             settings = {name: getattr(layer, name) for name in names}
             settings = settings if place == looking else {"kernel_size": 1}
         # Without first values: to draw them would move on the caller's random state.
-        thin = nn.utils.skip_init(layer_type(layer), inputs, outputs, bias=False, **settings)
-        weight = factor.reshape(thin.weight.shape).to(layer.weight).contiguous()
-        thin.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        if place == last:
-            thin.bias = layer.bias
+        device = layer.weight.device
+        make = nn.utils.skip_init
+        thin = make(layer_type(layer), inputs, outputs, bias=False, device=device, **settings)
         made.append(thin)
+    made[-1].bias = layer.bias
     product = nn.Sequential(*made).train(layer.training)
     # Hooks on the layer see the same input and output as before.
     vars(product).update({k: v for k, v in vars(layer).items() if k.startswith("_forward_")})
     return product
 
 
-def _replace(model: nn.Module, layer: nn.Module, new: nn.Module) -> nn.Module:
+def replace_layer(layer: nn.Module, new: nn.Module, model: nn.Module) -> nn.Module:
     """``model`` with ``new`` in every place where ``layer`` is."""
     if model is layer:
         return new

@@ -43,6 +43,7 @@ from workbench.compress.tracing import Recorder, fold_batch_norms, trace
 from workbench.data import Task
 
 Method = Literal["minmax", "percentile", "mse"]
+ROUND = "round_"  # how the names of static quantizers begin
 Calibration = Task | Iterable[Tensor | tuple[Tensor, ...]]
 
 
@@ -98,19 +99,31 @@ def quantize_static(
     computing = {name for name, layer in layers.items() if layer_type(layer) is not nn.Embedding}
     points = _points_to_round(graph, computing)
     ranges = _calibrate(graph, points, _batches(calibration, samples, seed), method)
-    for node in points:
-        scale, zero_point = scale_and_zero_point(*ranges[node], ACTIVATION_CODES, symmetric=False)
-        name = f"round_{node.name}"
-        graph.add_submodule(name, StaticQuantizer(scale, zero_point))
+    round_activations(
+        graph,
+        {
+            node: StaticQuantizer(
+                *scale_and_zero_point(*ranges[node], ACTIVATION_CODES, symmetric=False)
+            )
+            for node in points
+        },
+    )
+    _round_weights(layers, grid)
+    setattr(graph.eval(), ROUNDED_INPUTS, frozenset(computing))
+    return finish(graph, model, f"int8 static per {granularity}", layers, left)
+
+
+def round_activations(graph: fx.GraphModule, quantizers: dict[fx.Node, nn.Module]) -> None:
+    """Put each quantizer behind its node, under the name ``round_`` and the node's; in place."""
+    for node, quantizer in quantizers.items():
+        name = f"{ROUND}{node.name}"
+        graph.add_submodule(name, quantizer)
         with graph.graph.inserting_after(node):
             rounded = graph.graph.call_module(name, (node,))
         node.replace_all_uses_with(
             rounded, delete_user_cb=lambda user, new=rounded: user is not new
         )
     graph.recompile()
-    _round_weights(layers, grid)
-    setattr(graph.eval(), ROUNDED_INPUTS, frozenset(computing))
-    return finish(graph, model, f"int8 static per {granularity}", layers, left)
 
 
 def quantize_dynamic(

@@ -104,6 +104,10 @@ class TrainedGrid(Source):
             # Trained as a logarithm: it stays positive, and a step changes it by a share of itself.
             self.log_scale = nn.Parameter(scale.log())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
     def forward(self) -> Tensor:
         if self.grid.binary:
             dense = self.rounded()().to(self.weight.dtype)

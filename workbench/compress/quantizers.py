@@ -5,15 +5,26 @@ anywhere; that is called *simulated*. Weights and activations of 8 bits go throu
 ``quantized_decomposed`` operators, which runtimes recognise and replace by their int8 kernels.
 """
 
+from typing import get_args
+
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
-from workbench.compress.computed import Source
-from workbench.compress.grid import Grid, from_rows, pack, round_weight, to_rows, unpack
+from workbench.compress.computed import Source, Stored
+from workbench.compress.grid import (
+    Granularity,
+    Grid,
+    from_rows,
+    pack,
+    round_weight,
+    to_rows,
+    unpack,
+)
 
 _ops = torch.ops.quantized_decomposed
 ACTIVATION_CODES = (0, 255)
+_GRANULARITIES = get_args(Granularity)
 
 
 class QuantizedWeight(Source):
@@ -76,6 +87,32 @@ class QuantizedWeight(Source):
     def describe(self) -> str:
         return self.grid.describe()
 
+    def stored(self) -> Stored:
+        if self.grid.bits == 8:
+            codes = self.codes
+        else:
+            flat = unpack(self.codes, self.grid.bits, self.shape.numel())
+            codes = flat.to(torch.uint8).view(self.shape)
+        parts = {"scale": self.scale}
+        if not self.grid.symmetric:
+            parts["zero_point"] = self.zero_point.to(torch.uint8)
+        parts["codes"] = codes.movedim(self.axis, 0).flatten(1)  # (O, V)
+        grid = self.grid
+        place = _GRANULARITIES.index(grid.granularity)
+        settings = (grid.bits, place, int(grid.symmetric), grid.group_size, self.axis)
+        return Stored(tuple(self.shape), settings, parts)
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "QuantizedWeight":
+        bits, place, symmetric, group_size, axis = stored.settings
+        grid = Grid(bits, _GRANULARITIES[place], bool(symmetric), group_size)
+        codes, scale = stored.parts["codes"], stored.parts["scale"]
+        if bits < 8:  # packed codes are counted from 0
+            codes = codes.to(torch.int8) * (2 if grid.binary else 1) + grid.codes[0]
+        zero_point = stored.parts.get("zero_point", torch.zeros(scale.shape))
+        codes = from_rows(codes, torch.Size(stored.shape), axis).contiguous()
+        return cls(codes, scale, zero_point, grid, axis)
+
     def masked(self, keep: Tensor) -> "QuantizedWeight | None":
         if self.grid.binary:
             return None
@@ -99,6 +136,13 @@ class StaticQuantizer(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point.int())
         self.constants: tuple[float, int] | None = None
+
+    def stored(self) -> Stored:
+        return Stored(parts={"scale": self.scale, "zero_point": self.zero_point})
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "StaticQuantizer":
+        return cls(**stored.parts)
 
     def make_constant(self) -> None:
         """Hold scale and zero point as numbers, which compilers and exporters need."""
@@ -138,6 +182,13 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class DynamicQuantizer(nn.Module):
     """Rounds an activation to 8 bits on the range that it has at this very call."""
+
+    def stored(self) -> Stored:
+        return Stored()
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "DynamicQuantizer":
+        return cls()
 
     def forward(self, x: Tensor) -> Tensor:
         codes, scale, zero_point = quantize_dynamically(x.float())

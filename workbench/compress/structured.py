@@ -509,10 +509,10 @@ def _remove(model: nn.Module, channels: Iterable[Channel]) -> None:
         for own in (module._parameters, module._buffers):
             own.update({key: smaller[id(t)] for key, t in own.items() if id(t) in smaller})
     for module in model.modules():  # an attention comes before the layers in it
-        _set_sizes(module)
+        set_sizes(module)
 
 
-def _set_sizes(module: nn.Module) -> None:
+def set_sizes(module: nn.Module) -> None:
     """Let the attributes of a module say what the shapes of its tensors now are."""
     if _is_attention(module):
         size = module.out.in_features // module.heads

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.compress.computed import Source, copy_of
+from workbench.compress.computed import Source, Stored, copy_of
 from workbench.compress.grid import from_rows, pack, unpack
 from workbench.compress.layers import (
     check_model,
@@ -190,9 +190,7 @@ class SharedWeight(Source):
         self.block = codebook.shape[2] if codebook.dim() == 3 else 1
         self.bits = max(1, (codebook.shape[1] + zeros - 1).bit_length())
         self.codebook = nn.Parameter(codebook.detach().clone(), requires_grad=requires_grad)
-        # A piece at a time, for packing takes 8 bytes for each bit. Pieces end on whole bytes.
-        pieces = [pack(piece.cpu(), self.bits) for piece in codes.split(_PIECE)]
-        self.register_buffer("packed", torch.cat(pieces).to(codebook.device))
+        self.register_buffer("packed", pack(codes.cpu(), self.bits).to(codebook.device))
         self._unpacked: tuple[Tensor, int, Tensor] | None = None
 
     @classmethod
@@ -290,6 +288,22 @@ class SharedWeight(Source):
         form = (self.shape, self.axis, self.group_channels, zeros)
         return SharedWeight(self.codebook, codes, *form, self.codebook.requires_grad)
 
+    def stored(self) -> Stored:
+        least = next(t for t in _CODE_TYPES if self.bits <= t.itemsize * 8)
+        codes = self.codes().to(least)
+        channels = self.shape[self.axis]
+        codes = codes.view(channels, len(codes) // max(1, channels))  # (O, V / B)
+        settings = (self.axis, self.group_channels, int(self.zeros))
+        return Stored(
+            tuple(self.shape), settings, {"codebook": self.codebook.detach(), "codes": codes}
+        )
+
+    @classmethod
+    def restored(cls, stored: Stored) -> "SharedWeight":
+        axis, group_channels, zeros = stored.settings
+        codebook, codes = stored.parts["codebook"], stored.parts["codes"].flatten().int()
+        return cls(codebook, codes, torch.Size(stored.shape), axis, group_channels, bool(zeros))
+
     def extra_repr(self) -> str:
         return f"{self.describe()}, shape={tuple(self.shape)}"
 
@@ -297,7 +311,8 @@ class SharedWeight(Source):
         return self.__dict__ | {"_unpacked": None}  # copies and pickles hold what is stored
 
 
-_PIECE = 2**16  # codes that are packed at a time: a multiple of 8
+_PIECE = 2**16  # codes that are unpacked at a time: a multiple of 8
+_CODE_TYPES = (torch.uint8, torch.uint16, torch.int32)
 _DISTANCES = 2**23  # distances that are held at a time
 
 

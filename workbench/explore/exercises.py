@@ -211,6 +211,29 @@ EXERCISES = {
         "divided by 2 T²; the factor T² is there to undo that.",
         hint="divide both sides of the limit by T². What does doubling T do to it?",
     ),
+    "05.1": Exercise(
+        close_to(-0.9 * math.log2(0.9) - 0.1 * math.log2(0.1 / 15)),
+        why="0.9 · 0.152 for the zeros and 0.1 · log2(15 / 0.1) for the others: 0.86 bits, less "
+        "than the one bit that a code for each symbol cannot do without.",
+        hint="each of the 15 values has probability 0.1 / 15; sum -p log2 p over all 16 symbols.",
+    ),
+    "05.2": Exercise(
+        lambda answer: all(
+            [tuple(pair) for pair in answer(list(symbols))] == pairs
+            for symbols, pairs in (
+                ("aab", [("a", 2), ("b", 1)]), ("", []), ("abab", [(c, 1) for c in "abab"]),
+                ([0, 0, 0, 7, 0], [(0, 3), (7, 1), (0, 1)]),
+            )
+        ),
+        why="itertools.groupby does it too. On dense weights, every run has length 1.",
+        hint="begin a new pair where a symbol differs from the one before; think of no symbols.",
+    ),
+    "05.3": Exercise(
+        close_to(40 // 8 + 1, relative=1e-9),
+        why="A filler covers eight zeros: seven as its gap and the one that it stores as a value. "
+        "Five of them cover all 40, and the value itself has the gap 0.",
+        hint="the longest gap of 3 bits is 7, and the filler after it is a zero itself.",
+    ),
     "06.1": Exercise(
         close_to(24, relative=1e-9),
         why="The pair moves as one: four things have 4! = 24 orders.",
@@ -226,5 +249,27 @@ EXERCISES = {
         close_to(0.4, relative=0.001),
         why="1.1 - (0.4 + 0.3): what the sum of the single losses does not explain.",
         hint="if they did not interact, both together would cost the sum.",
+    ),
+    "07.1": Exercise(
+        close_to(8 * 34 / 0.2),
+        why="1,360 Mbit/s: 34 MB take 0.2 s there. On a slower line they take longer.",
+        hint="at which rate do the megabytes that are saved take as long as the decoding?",
+    ),
+    "07.2": Exercise(
+        close_to(1.5),
+        why="Half a file for nothing, then all of it. Resumed, it would be sent once.",
+        hint="on average, where does the line break? What has been sent until then is lost.",
+    ),
+    "07.3": Exercise(
+        lambda answer: all(
+            answer(old, new, size) == count
+            for old, new, size, count in (
+                (b"aabbcc", b"aabbcc", 2, 0), (b"aabbcc", b"ccaabb", 2, 0),
+                (b"aabbcc", b"xaabbcc", 2, 4), (b"", b"abc", 2, 2), (b"aabb", b"aaxb", 2, 1),
+            )
+        ),
+        why="One byte at the front moves all borders, and every chunk is new: that is why the "
+        "chunks of a manifest begin anew with each tensor.",
+        hint="cut both into chunks and keep those of the old one in a set; the last may be short.",
     ),
 }  # fmt: skip

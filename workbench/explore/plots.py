@@ -8,7 +8,8 @@ Universal Design") and give each technique a marker of its own.
 import io
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from workbench.compress import computed
 from workbench.data import Task
 from workbench.explore import labels
 from workbench.explore.differences import class_name, kind_of_change, paired_outputs
+from workbench.storage.ledger import KIND_COLUMNS, Ledger
 
 BLACK, GREY, FAINT = "#000000", "0.45", "0.82"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -388,6 +390,154 @@ def cut(weight: Tensor, curve: pd.DataFrame, sparsity: float) -> Picture:
     return picture
 
 
+def ledger(account: Ledger) -> Picture:
+    """Where the bytes of a model file are: a bar for each tensor, the largest at the top, in parts
+    by what the bytes are for, with the entropy of its values as a mark where that is known.
+
+    Tensors that would be lost beside the largest share a bar.
+
+    Raises:
+        ValueError: the ledger has no rows.
+    """
+    rows = ledger_bars(account)
+    largest = rows[["size_bytes", "entropy_bytes"]].max().max()
+    scale, unit = next(
+        (s, u) for s, u in ((1e-6, "MB"), (1e-3, "kB"), (1.0, "bytes")) if s == 1 or largest * s > 2
+    )
+    with rc_context(_STYLE):
+        picture = Picture(8.5, 2 + 0.42 * len(rows))
+        axes = picture.subplots()
+        left = np.zeros(len(rows))
+        for (kind, column), (colour, hatch) in zip(KIND_COLUMNS.items(), _KIND_LOOKS, strict=True):
+            width = rows[column].to_numpy() * scale
+            if width.any():
+                axes.barh(
+                    rows.index, width, left=left, color=colour, label=kind, height=0.68,
+                    hatch=hatch, edgecolor="white", linewidth=0,
+                )  # fmt: skip
+            left += width
+        marked = rows[rows["entropy_bytes"].notna()]
+        if len(marked):
+            axes.plot(
+                marked["entropy_bytes"] * scale, marked.index, "|", color=BLACK, markersize=19,
+                markeredgewidth=2, label="entropy of the values",
+            )  # fmt: skip
+        for place, row in rows.iterrows():
+            reach = max(row["size_bytes"], np.nan_to_num(row["entropy_bytes"]))
+            axes.annotate(
+                row["label"], (reach * scale, place), xytext=(6, 0), textcoords="offset points",
+                va="center", fontsize=10,
+            )  # fmt: skip
+        names = [name if len(name) <= 30 else f"…{name[-29:]}" for name in rows["tensor"]]
+        axes.set_yticks(rows.index, names)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.margins(y=0.02)
+        axes.set_xlim(0, 1.5 * largest * scale)  # room for the texts
+        axes.set_xlabel(f"size in the file ({unit})")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        picture.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=10)
+        title = f"{account.size_bytes:,} bytes, {account.bits_per_weight:.3g} bits a weight"
+        axes.set_title(title, loc="left", fontsize=11.5)
+    return picture
+
+
+def ledger_bars(account: Ledger, most: int = 10) -> pd.DataFrame:
+    """The rows behind `ledger`: at most ``most`` tensors and files, the largest first, then all
+    others in one row. ``entropy_bytes`` is what the entropy of the values comes to."""
+    if account.frame.empty:
+        raise ValueError("the ledger has no rows; save a model that has tensors")
+    rows = account.frame.sort_values("size_bytes", ascending=False, kind="stable")
+    rows = rows.assign(entropy_bytes=rows["entropy_bits"] * rows["count"] / 8)
+    few = rows["size_bytes"] < 0.01 * rows["size_bytes"].iloc[0]
+    few |= np.arange(len(rows)) >= most
+    numbers = ["count", "size_bytes", "entropy_bytes", *KIND_COLUMNS.values()]
+    shown = rows.loc[~few, ["tensor", *numbers]]
+    if few.any():
+        sums = rows.loc[few, numbers].sum()
+        if rows.loc[few & (rows["count"] > 0), "entropy_bytes"].isna().any():
+            sums["entropy_bytes"] = math.nan
+        others = pd.DataFrame([{"tensor": f"{few.sum():,} smaller ones", **sums}])
+        shown = pd.concat([shown, others], ignore_index=True)
+    bits = 8 * shown["size_bytes"] / shown["count"].where(shown["count"] > 0)
+    texts = ["" if math.isnan(b) else f", {b:.3g} bits a weight" for b in bits]
+    sizes = [f"{size:,.0f} B" for size in shown["size_bytes"]]
+    shown["label"] = [size + text for size, text in zip(sizes, texts, strict=True)]
+    return shown.reset_index(drop=True)
+
+
+def code_tree(symbols: Mapping[object, float] | Sequence[object]) -> Picture:
+    """The Huffman code of a few symbols as a tree: from the root to a symbol, its code is read off
+    the branches. Beside each symbol stand its share of the data and its code.
+
+    Args:
+        symbols: how often each symbol occurs, or the data itself; 2 to 16 different symbols.
+
+    Reference: Huffman (1952), "A method for the construction of minimum-redundancy codes".
+    """
+    leaves = code_words(symbols)
+    depth = leaves["code"].str.len().max()
+    with rc_context(_STYLE):
+        picture = Picture(8, 1.3 + 0.36 * len(leaves))
+        tree, table = picture.subplots(1, 2, sharey=True, width_ratios=(1.5, 1))
+        places = dict(zip(leaves["code"], range(len(leaves)), strict=True))
+        root = _branches(tree, "", places)
+        tree.plot(0, root, "o", color=GREY, markersize=7)
+        for x, text in zip(_TABLE, ("symbol", "share", "code"), strict=True):
+            table.text(x, -0.9, text, va="center", color=GREY)
+        for place, row in leaves.iterrows():
+            bits = len(row["code"])
+            tree.plot([bits, depth], [place, place], color=FAINT, linewidth=1, zorder=0)
+            tree.plot(bits, place, "s", color=COLOURS[0], markersize=8)
+            texts = (str(row["symbol"]), f"{100 * row['share']:.3g} %", row["code"])
+            for x, text in zip(_TABLE, texts, strict=True):
+                font = "monospace" if text is row["code"] else None
+                table.text(x, place, text, va="center", family=font)
+        tree.set_ylim(len(leaves) - 0.5, -1.3)
+        tree.set_xticks(range(depth + 1))
+        tree.set_xlabel("bits of the code")
+        tree.set_yticks([])
+        tree.spines[["left", "bottom"]].set_visible(False)
+        table.set_axis_off()
+        mean = (leaves["share"] * leaves["code"].str.len()).sum()
+        bound = -(leaves["share"] * np.log2(leaves["share"])).sum()
+        title = f"{mean:.3f} bits a symbol on average; the entropy is {bound:.3f}"
+        picture.suptitle(title, x=0.01, ha="left", fontsize=11.5)
+    return picture
+
+
+def code_words(symbols: Mapping[object, float] | Sequence[object]) -> pd.DataFrame:
+    """The rows behind `code_tree`, in the order of the codes: ``symbol``, ``share``, ``code``.
+
+    Raises:
+        ValueError: fewer than 2 or more than 16 symbols, or a symbol that occurs less than never.
+
+    >>> code_words("abracadabra")["code"].tolist()
+    ['0', '100', '101', '110', '111']
+    """
+    from workbench.storage import huffman
+
+    if isinstance(symbols, Tensor):
+        symbols = symbols.flatten().tolist()
+    counts = symbols if isinstance(symbols, Mapping) else Counter(symbols)
+    if any(not count >= 0 for count in counts.values()):
+        raise ValueError(f"counts are {list(counts.values())}; give 0 or more")
+    counts = {symbol: count for symbol, count in counts.items() if count > 0}
+    if not 2 <= len(counts) <= _MOST_LEAVES:
+        raise ValueError(
+            f"{len(counts)} different symbols occur; a tree that can be read has 2 to "
+            f"{_MOST_LEAVES}"
+        )
+    total = sum(counts.values())
+    shares = np.array([count / total for count in counts.values()])
+    whole = np.maximum(1, np.round(shares * 2**40)).astype(np.int64)  # shares as counts
+    lengths = huffman.code_lengths(whole, limit=_MOST_LEAVES - 1)
+    codes = huffman.canonical_codes(lengths)
+    words = [f"{code:0{bits}b}" for code, bits in zip(codes, lengths, strict=True)]
+    rows = pd.DataFrame({"symbol": list(counts), "share": shares, "code": words})
+    return rows.sort_values("code", ignore_index=True)
+
+
 def family(technique: str) -> str:
     """A technique without its settings: what shares a marker, and a tick box in the panel.
 
@@ -606,6 +756,30 @@ def _legend(picture: Picture, measured: pd.DataFrame) -> None:
         if columns == 1 or legend.get_window_extent().width < 0.98 * picture.bbox.width:
             return
         legend.remove()
+
+
+_MOST_LEAVES = 16
+# By kind of bytes: what is told apart by colour is told apart by hatching too.
+_KIND_LOOKS = (
+    (COLOURS[0], ""), (COLOURS[1], "///"), (COLOURS[2], "..."), (COLOURS[3], "\\\\\\"),
+    (COLOURS[4], "xxx"), (GREY, ""),
+)  # fmt: skip
+
+
+_TABLE = (0, 0.33, 0.66)  # where the columns beside a tree begin
+
+
+def _branches(axes: Axes, code: str, places: Mapping[str, float]) -> float:
+    """Draw what hangs from the node that ``code`` leads to; give back its height."""
+    if code in places:
+        return places[code]
+    heights = [_branches(axes, code + bit, places) for bit in "01"]
+    middle = sum(heights) / 2
+    for bit, height in zip("01", heights, strict=True):
+        x = len(code)
+        axes.plot([x, x, x + 1], [middle, height, height], color=GREY, linewidth=1.4, zorder=1)
+        axes.text(x + 0.5, height - 0.06, bit, ha="center", va="bottom", color=COLOURS[1])
+    return middle
 
 
 def _largest_weight(model: nn.Module) -> str:

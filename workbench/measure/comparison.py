@@ -43,6 +43,7 @@ def compare(
     threads: int = 1,
     repeats: int = REPEATS,
     device: str = "cpu",
+    codec: str | Mapping[str, str] | None = None,
     executor: Executor | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -59,6 +60,9 @@ def compare(
         threads: of one call when latency is measured.
         repeats: rounds of the latency measurement.
         device: "cpu", "cuda", or "auto" (CUDA when present).
+        codec: codes the files whose bytes are counted, as `workbench.storage.save` does: of all
+            candidates or by name; one that is not named has a plain file. The ``.onnx`` file of an
+            ONNX Runtime candidate stays as it is.
         executor: scores the models, if given; one that cannot travel to it is scored here.
             Latency is always measured here, with all candidates in turn.
         seed: of the latency measurement's order and bootstrap.
@@ -82,13 +86,14 @@ def compare(
           others are measured all the same.
 
     Raises:
-        ValueError: no models, an unknown baseline, runtime or split, a number below 1, more
+        ValueError: no models, an unknown baseline, runtime, split or codec, a number below 1, more
             examples in a batch than there are, or a split that is read in random order.
 
     Shown in notebooks 00 and 01.
     """
     baseline = choose_baseline(models, baseline)
     part = _check(task, runtime, split, batch_size, threads, repeats)
+    codecs = _codecs(codec, models)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     inputs = _first_examples(part, batch_size, split)
@@ -110,7 +115,7 @@ def compare(
             predictors[name] = prepare(
                 candidate, chosen, example_input=example, device=device, threads=threads
             )
-            rows[name] |= _facts(predictors[name], inputs)
+            rows[name] |= _facts(predictors[name], inputs, codecs.get(name))
         except Exception as error:
             failed(name, describe(error))
 
@@ -176,6 +181,22 @@ def _check(
             "by example; give a DataLoader with shuffle=False"
         )
     return part
+
+
+def _codecs(
+    codec: str | Mapping[str, str] | None, models: Mapping[str, Candidate]
+) -> Mapping[str, str]:
+    """The codec of each candidate that has one."""
+    if codec is None:
+        return {}
+    from workbench.storage.streams import CODECS
+
+    found = codec if isinstance(codec, Mapping) else dict.fromkeys(models, codec)
+    if unknown := set(found) - set(models):
+        raise ValueError(f"codec names {sorted(unknown)}; candidates are {list(models)}")
+    if wrong := set(found.values()) - {"auto", *CODECS}:
+        raise ValueError(f"codec is {wrong.pop()!r}; choose 'auto' or one of {', '.join(CODECS)}")
+    return found
 
 
 def _first_examples(part: Split, count: int, split: str) -> tuple[Tensor, ...]:
@@ -260,16 +281,17 @@ def _shapes(inputs: tuple) -> str:
     return ", ".join(str(tuple(x.shape)) for x in inputs if torch.is_tensor(x))
 
 
-def _facts(predictor: Predictor, inputs: tuple[Tensor, ...]) -> dict:
+def _facts(predictor: Predictor, inputs: tuple[Tensor, ...], codec: str | None) -> dict:
     """What a prepared candidate is, before its answers and its speed are looked at."""
+    codec = codec if size.can_be_coded(predictor) else None
     facts = {
         "simulated": predictor.simulated,
-        "note": predictor.note,
+        "note": "; ".join(filter(None, [predictor.note, codec and f"file coded ({codec})"])),
         "peak_memory_bytes": size.peak_memory_bytes(predictor, inputs),
     }
     if predictor.model is not None:
         facts |= {
-            "size_bytes": size.artifact_bytes(predictor),
+            "size_bytes": size.artifact_bytes(predictor, codec=codec),
             "parameters": size.parameters(predictor.model),
             "nonzeros": size.nonzeros(predictor.model),
             "macs": size.macs(predictor.model, inputs),

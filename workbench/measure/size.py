@@ -28,25 +28,48 @@ from workbench.training import evaluation_mode
 Inputs = Tensor | tuple[Tensor, ...]
 
 
-def artifact_bytes(model: nn.Module | Predictor) -> int:
+def artifact_bytes(model: nn.Module | Predictor, *, codec: str | None = None) -> int:
     """Bytes on disk of the artifact that ``model`` saves to.
 
-    ``model`` is a module, saved as one ``.safetensors`` file in which shared weights stand once,
-    or a `Predictor`, saved in its runtime's own format.
+    Args:
+        model: a module, saved as one ``.safetensors`` file in which shared weights stand once, or a
+            `Predictor`, saved in its runtime's own format.
+        codec: codes the file, as `workbench.storage.save` does; None leaves it plain. Only
+            ``.safetensors`` files are coded.
 
     Raises:
         TypeError: a bare callable, which cannot be saved.
+        ValueError: an unknown codec, or one for a file of another format.
     """
-    if isinstance(model, nn.Module):
-        return models.file_bytes(model)
-    if not isinstance(model, Predictor):
+    if not isinstance(model, (nn.Module, Predictor)):
         raise TypeError(
             f"a {type(model).__name__} has no size; give a torch.nn.Module or a Predictor"
         )
+    if codec is not None:
+        return _coded_bytes(model, codec)
+    if isinstance(model, nn.Module):
+        return models.file_bytes(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save(Path(folder, "model" + model.suffix))
         # Every file: large ONNX models keep their weights in a second one.
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def can_be_coded(predictor: Predictor) -> bool:
+    """Whether the artifact of a predictor is one that `artifact_bytes` can code."""
+    return predictor.suffix == ".safetensors" and predictor.model is not None
+
+
+def _coded_bytes(model: nn.Module | Predictor, codec: str) -> int:
+    from workbench import storage
+
+    if isinstance(model, Predictor):
+        if not can_be_coded(model):
+            raise ValueError(f"codec is {codec!r}, but a {model.runtime} artifact is not coded")
+        model = model.model
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        return storage.save(model, path, codec=codec, progress=False).size_bytes
 
 
 def compression_ratio(before_bytes: float, after_bytes: float) -> float:
