@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
-from workbench import transfer
+from workbench import storage, transfer
 from workbench.transfer import manifests, shards
 from workbench.transfer.manifests import INDEX, MANIFEST, File, IntegrityError, Manifest, Part
 
@@ -166,13 +167,22 @@ def test_the_manifest_agrees_with_hashlib_and_with_the_file(folder, tmp_path):
     ]
 
 
-def test_the_manifest_says_codec_and_decoded_hash_where_the_file_does(tmp_path):
-    metadata = {"codec": "rans", "decoded_sha256": "ab" * 32}
-    folder = split(write(tmp_path, weights(1), metadata), tmp_path / "shards")
-    whole = manifest(folder).whole
-    assert (whole.codec, whole.decoded_sha256) == ("rans", "ab" * 32)
-    plain = split(write(tmp_path, weights(1)), tmp_path / "plain")
-    assert (manifest(plain).whole.codec, manifest(plain).whole.decoded_sha256) == (None, None)
+def test_the_manifest_knows_what_a_coded_file_holds(tmp_path):
+    state = {"a.weight": torch.zeros(50, 40).bernoulli(0.1), "b": torch.arange(6, dtype=torch.int8)}
+    for codec in ("rans", "huffman"):
+        storage.save(state, tmp_path / f"{codec}.safetensors", codec=codec, progress=False)
+        folder = split(tmp_path / f"{codec}.safetensors", tmp_path / codec, progress=False)
+        assert manifest(folder).whole.codec == codec
+        copy = join(folder, tmp_path / "copy.safetensors", progress=False)
+        assert manifest(folder).whole.decoded_sha256 == storage.Artifact(copy).sha256()
+    fingerprint = storage.Artifact(copy).sha256()
+    assert fingerprint == storage.Artifact(tmp_path / "rans.safetensors").sha256()
+    for other in ({**state, "b": state["b"] + 1}, {**state, "c": state["b"]}, {"b": state["b"]}):
+        storage.save(other, copy, progress=False)
+        assert storage.Artifact(copy).sha256() != fingerprint
+    for metadata in (None, {"format": "pt"}):
+        plain = split(write(tmp_path, weights(1), metadata), tmp_path / f"plain-{metadata is None}")
+        assert (manifest(plain).whole.codec, manifest(plain).whole.decoded_sha256) == (None, None)
 
 
 def test_a_folder_or_a_file_without_a_manifest_gets_one(folder, tmp_path):

@@ -345,8 +345,7 @@ def verified(name: str) -> Path:
 
 def write_checksums() -> None:
     """Write ``data/SHA256SUMS`` for what lies in the folder now."""
-    patterns = ("*.xz", "*/*.gz", "models/*.safetensors", "models/*.json", "experiments/*.csv",
-                "experiments/*.json")  # fmt: skip
+    patterns = ("*.xz", "*/*.gz", "*/*.safetensors", "*/*.json", "*/*.csv")
     root = folder()
     files = sorted(path for pattern in patterns for path in root.glob(pattern))
     lines = [

@@ -12,6 +12,7 @@ tensor that is not coded, in the order of the file, and the steps that made the 
 """
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -194,6 +195,16 @@ class Artifact(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def sha256(self) -> str:
+        """A fingerprint of what is in the file, however it is coded: of the names, dtypes, shapes
+        and bits of all its tensors, dense, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            tensor = self[name]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(symbols.bits_of(tensor))
+        return digest.hexdigest()
 
     def entries(self) -> dict[str, Entry]:
         """All tensors, sources and quantizers, as `workbench.compress.parts` has them."""

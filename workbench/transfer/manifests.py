@@ -75,7 +75,8 @@ class File:
 class Whole:
     """The one file that was split. ``header`` is its JSON text, from which it can be joined again.
 
-    ``codec`` and ``decoded_sha256`` are what its metadata says under these names, if anything.
+    Of a file of `workbench.storage.save`, ``codec`` names its codecs, and ``decoded_sha256`` is
+    what `workbench.storage.Artifact.sha256` gives, here and where it arrives.
     """
 
     size_bytes: int

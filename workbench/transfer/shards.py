@@ -158,14 +158,20 @@ def _write_shards(
         "weight_map": weight_map,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    metadata = header.metadata
-    return Whole(
-        size_bytes,
-        digest.hexdigest(),
-        header.text,
-        metadata.get("codec"),
-        metadata.get("decoded_sha256"),
-    )
+    return Whole(size_bytes, digest.hexdigest(), header.text, *_decoded(path, header))
+
+
+def _decoded(path: Path, header: Header) -> tuple[str | None, str | None]:
+    """Codecs of a file that `workbench.storage.save` wrote, and the sha256 of its tensors."""
+    if not header.metadata:
+        return None, None
+    from workbench import storage  # needs torch, which plain files do not
+
+    artifact = storage.Artifact(path)
+    if not artifact.is_coded:
+        return None, None
+    codecs = set(storage.inspect(path).frame["codec"]) - {""}
+    return ", ".join(sorted(codecs)), artifact.sha256()
 
 
 def _write_header(shard: BinaryIO, header: Header, names: list[str]) -> int:
