@@ -171,9 +171,9 @@ def test_the_manifest_knows_what_a_coded_file_holds(tmp_path):
     state = {"a.weight": torch.zeros(50, 40).bernoulli(0.1), "b": torch.arange(6, dtype=torch.int8)}
     for codec in ("rans", "huffman"):
         storage.save(state, tmp_path / f"{codec}.safetensors", codec=codec, progress=False)
-        folder = split(tmp_path / f"{codec}.safetensors", tmp_path / codec, progress=False)
+        folder = split(tmp_path / f"{codec}.safetensors", tmp_path / codec)
         assert manifest(folder).whole.codec == codec
-        copy = join(folder, tmp_path / "copy.safetensors", progress=False)
+        copy = join(folder, tmp_path / "copy.safetensors")
         assert manifest(folder).whole.decoded_sha256 == storage.Artifact(copy).sha256()
     fingerprint = storage.Artifact(copy).sha256()
     assert fingerprint == storage.Artifact(tmp_path / "rans.safetensors").sha256()
