@@ -37,6 +37,7 @@ from workbench.storage.streams import Section, StreamError
 
 MARK, _VERSION = "workbench", "1"
 _INDEX = "model.safetensors.index.json"
+_LARGE = 2**24  # bytes of a tensor from which the memory that was read is let go of on the way
 _STORED_AS = dict(zip(KINDS, ("shared", "k-bit", "masked", "rounding", "rounding"), strict=True))
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -226,7 +227,8 @@ class Artifact(Mapping[str, Tensor]):
             if self.is_coded and held.dtype == "U8":
                 if held.data[:3] == records.MAGIC:
                     return records.decode(held.data, executor=executor)
-                release = partial(self.file.release, name)
+                large = len(held.data) > _LARGE
+                release = partial(self.file.release, name) if large else None
                 return streams.decode(held.data, executor=executor, release=release)
             return self._verbatim(name, held)
         except StreamError as error:
