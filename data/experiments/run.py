@@ -10,18 +10,25 @@ import copy
 import itertools
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from workbench import compress, data, measure, models, training
+from workbench import compress, data, measure, models, storage, training
+from workbench.compress.distillation import divergence
+from workbench.compress.layers import layers_of
 from workbench.compress.recipe import Distill, Prune, QuantizeWeights, Recipe, ShareWeights
-from workbench.data import Task
+from workbench.data import Split, Task
+from workbench.measure.accuracy import paired_p_value
+from workbench.storage import run_length
 
 SEEDS = (0, 1, 2)
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -207,6 +214,178 @@ def sensitivity() -> Iterator[dict]:
     yield from table.drop(columns=["technique", "shared_with"]).to_dict("records")
 
 
+# Deep Compression: level after level, the share of all weights that is kept, how many values the
+# kept ones of a layer share, and what trains them: AdamW leaves a network nearest to what it was,
+# SGD finds a good one where little is left. All seeds go through the first `seeds_levels` of them;
+# the file of the level `kept_file` stays beside the record.
+FAST, GENTLE = partial(SGD, lr=0.1), partial(torch.optim.AdamW, lr=1e-3)
+DEEP_COMPRESSION = {
+    "lenet-300-100": dict(
+        levels={
+            0.2: (15, FAST),
+            0.1: (15, FAST),
+            0.065: (15, FAST),
+            0.043: (15, FAST),
+            0.032: (15, FAST),
+            0.026: (15, FAST),
+            0.019: (15, FAST),
+            0.013: (7, FAST),
+            0.01: (7, FAST),
+        },
+        seeds_levels=2,
+        kept_file=0.1,
+        epochs=6,
+        share_of=None,  # weights compete over the whole network
+        clusters_of={},
+        bias_step=1 / 16,
+    ),
+    "lenet-5": dict(
+        levels={
+            0.2: (15, GENTLE),
+            0.12: (15, GENTLE),
+            0.09: (15, GENTLE),
+            0.06: (15, SGD),
+            0.04: (15, SGD),
+            0.026: (15, SGD),
+            0.018: (15, SGD),
+        },
+        seeds_levels=0,
+        kept_file=0.09,
+        epochs=5,
+        # What each layer keeps, relative to all: small layers more, as in Han et al. The few
+        # weights of the first convolution are the ones that bear sharing least.
+        share_of={"0": 8, "3": 3, "7": 0.83, "9": 4},
+        clusters_of={"0": 63},
+        bias_step=1 / 64,
+    ),
+}
+CODEBOOKS = dict(epochs=1, optimizer=partial(torch.optim.AdamW, lr=5e-4, weight_decay=0))
+
+
+def deep_compression() -> Iterator[dict]:
+    """Deep Compression of both LeNets, up to 200 times smaller, with the bytes of each stage.
+
+    A row for each layer, for all biases, for the header, and for all of these together ("all").
+    """
+    task = data.fashion_mnist()
+    teacher = models.pretrained("resnet-14").to(memory_format=torch.channels_last)
+    taught = with_teacher(task, teacher)
+    for (network, settings), seed in itertools.product(DEEP_COMPRESSION.items(), SEEDS):
+        dense = pruned = models.pretrained(network)
+        before = training.evaluate(dense, task).scores
+        levels = [*settings["levels"].items()]
+        if seed > 0:
+            levels = levels[: settings["seeds_levels"]]
+        for density, (clusters, optimizer) in levels:
+            sparsity = 1 - density
+            if settings["share_of"]:
+                sparsity = {n: max(0, 1 - k * density) for n, k in settings["share_of"].items()}
+            pruned = compress.prune(pruned, sparsity=sparsity)
+            how = dict(epochs=settings["epochs"], optimizer=optimizer)
+            pruned = fine_tune(pruned, network, taught, seed, **how)
+            values = clusters
+            if settings["clusters_of"]:
+                values = dict.fromkeys(layers_of(dense), clusters) | settings["clusters_of"]
+            shared = compress.share_weights(pruned, clusters=values)
+            round_biases(shared, settings["bias_step"])
+            tuned = fine_tune(shared, network, taught, seed, **CODEBOOKS)
+            table, loaded = byte_table(dense, tuned)
+            if (seed, density) == (0, settings["kept_file"]):
+                path = data.folder() / f"experiments/deep-compression-{network}.safetensors"
+                storage.save(tuned, path, progress=False)
+            after = training.evaluate(loaded, task).scores
+            scores = {
+                "validation": training.evaluate(loaded, task, split="validation").value,
+                "score_dense": before.mean().item(),
+                "score_pruned": score(pruned, task),
+                "score_shared": score(shared, task),
+                "score": after.mean().item(),
+                "p_value": paired_p_value(before, after, proportion=True),
+            }
+            columns = {"network": network, "seed": seed, "density": density, "clusters": clusters}
+            for layer, row in table.items():
+                yield columns | {"layer": layer} | row | (scores if layer == "all" else {})
+
+
+def with_teacher(
+    task: Task, teacher: nn.Module, temperature: float = 2, share: float = 0.7
+) -> Task:
+    """The task with a teacher's answers beside the labels, and the loss of `compress.distill`.
+
+    They are worked out once here, and not anew in each training.
+    """
+    inputs, labels = task.train.source.tensors
+    with training.evaluation_mode(teacher), torch.no_grad():
+        logits = torch.cat([teacher(x) for x in inputs.split(500)])
+    target = torch.cat([logits, labels[:, None]], dim=1)  # (examples, classes + 1)
+
+    def loss(outputs: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 1:  # validation and test have labels alone
+            return task.loss(outputs, target)
+        expected, labels = target[:, :-1], target[:, -1].long()
+        soft = divergence(outputs, expected, labels, temperature)
+        return share * soft + (1 - share) * task.loss(outputs, labels)
+
+    return replace(task, train=Split(TensorDataset(inputs, target)), loss=loss)
+
+
+def round_biases(model: nn.Module, step: float) -> None:
+    """Let biases share values too. They no longer train."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = (parameter.data / step).round() * step
+            parameter.requires_grad_(False)
+
+
+def byte_table(dense: nn.Module, shared: nn.Module) -> tuple[dict[str, dict], nn.Module]:
+    """Bytes of each part after each stage of Deep Compression, and the model as its file holds it.
+
+    Stages of Han et al. (2016): pruned and shared weights are counted as pairs of a gap and a value
+    (32 bits, or a code) of fixed width, fillers of long gaps included; coded ones are what the file
+    holds, with a Huffman code for gaps and one for values. "coded" takes the best codec instead.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.safetensors")
+        huffman = storage.save(shared, path, codec="run_length", progress=False).frame
+        best = storage.save(shared, path, progress=False).frame
+        loaded = storage.load(path, into=dense)
+    table = {}
+    for name, dense_weight in dense.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        if kind == "bias":
+            continue
+        source = shared.get_submodule(layer).sources["weight"]
+        codes = source.codes().numpy()
+        pairs = {bits: len(run_length.gaps(codes, 0, bits)[0]) for bits in range(1, 9)}
+        gap_bits = min(pairs, key=lambda bits: pairs[bits] * (bits + source.bits))
+        count, held = pairs[gap_bits], huffman.set_index("tensor").loc[name]
+        table[layer] = {
+            "weights": codes.size,
+            "nonzeros": int((codes != 0).sum()),
+            "pairs": count,
+            "gap_bits": gap_bits,
+            "code_bits": source.bits,
+            "dense_bytes": dense_weight.nbytes,
+            "pruned_bytes": -(-count * (gap_bits + 32) // 8),
+            "shared_bytes": -(-count * (gap_bits + source.bits) // 8) + source.codebook.nbytes,
+            "huffman_gaps_bytes": int(held["positions_bytes"]),
+            "huffman_values_bytes": int(held["values_bytes"]),
+            "huffman_bytes": int(held["size_bytes"]),
+            "coded_bytes": int(best.set_index("tensor").loc[name, "size_bytes"]),
+        }
+    biases = sum(p.nbytes for n, p in dense.named_parameters() if n.endswith("bias"))
+    rest = models.file_bytes(dense) - biases - sum(row["dense_bytes"] for row in table.values())
+    for part, plain, which in (
+        ("biases", biases, huffman["tensor"].str.endswith("bias")),
+        ("header", rest, huffman["count"] == 0),
+    ):
+        table[part] = {f"{stage}_bytes": plain for stage in ("dense", "pruned", "shared")}
+        table[part] |= {"huffman_bytes": int(huffman[which]["size_bytes"].sum())}
+        table[part] |= {"coded_bytes": int(best[which]["size_bytes"].sum())}
+    frame = pd.DataFrame(table.values()).drop(columns=["gap_bits", "code_bits"])
+    return table | {"all": frame.sum().astype(int).to_dict()}, loaded
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     **{f"pruning-{network}": partial(pruning, network) for network in FINE_TUNING},
     "structured": structured,
@@ -216,6 +395,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     "few-bits": few_bits,
     "orders": orders,
     "sensitivity": sensitivity,
+    "deep-compression": deep_compression,
 }
 
 
