@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workbench.storage import streams
+from workbench.storage import streams, symbols
 from workbench.storage.streams import KINDS, Section, StreamError, numbers, read_numbers
 
 pytestmark = [
@@ -310,3 +310,27 @@ def test_the_frame_is_what_the_docstring_says():
     assert body[3] == len(chunk)
     assert chunk[-5:] == bytes([KINDS.index("values"), 3, 1, 2, 3])
     assert list(streams.sections(stream))[-2] == Section("values", b"\1\2\3")
+
+
+@given(
+    width=st.integers(1, 64),
+    numbers=st.lists(st.integers(0, 2**64 - 1), max_size=40),
+    itemsize=st.sampled_from([2, 4, 8]),
+)
+def test_bits_in_planes_come_back_and_take_no_more_than_they_are(width, numbers, itemsize):
+    width = min(width, 8 * itemsize)
+    numbers = np.array(numbers, np.uint64).astype(f"u{itemsize}")
+    data = symbols.pack_bits(numbers, width)
+    assert len(data) == math.ceil(len(numbers) * width / 8)
+    back = np.full_like(numbers, -1 % 2 ** (8 * itemsize))
+    symbols.unpack_bits(data, width, back)
+    low = np.array((1 << width) - 1, back.dtype)
+    assert (back & low == numbers & low).all()
+    with pytest.raises(StreamError, match="bytes for"):
+        symbols.unpack_bits(data + b"x", width, back)
+
+
+def test_the_lowest_bits_of_groups_are_the_first_plane():
+    numbers = np.arange(16, dtype=np.uint16)  # groups (0, 2, 4, ...) and (1, 3, 5, ...)
+    data = symbols.pack_bits(numbers, 4)
+    assert [*data[:2]] == [0 | 2 << 4, 1 | 3 << 4]

@@ -177,7 +177,8 @@ def expand(sections: list[bytes], shape: tuple[int, int], alphabet: int) -> np.n
     ends = np.cumsum([0, *sizes, len(data) - sizes.sum()])
     if ends[-2] > ends[-1]:
         raise StreamError(f"the stream is damaged: {len(data)} bytes are too few for its codes")
-    entries, singles = _tables(lengths, out.itemsize)
+    shortest_window = min(_SHORTEST_WINDOW, out.size.bit_length() - 4)  # of few codes, few looks
+    entries, singles = _tables(lengths, out.itemsize, shortest_window)
     raw = out.reshape(-1).view(np.uint8)
     places = 8 * ends[:-1]
     _read(data, entries, singles, lengths, places, bounds * out.itemsize, out.itemsize, raw)
@@ -263,7 +264,9 @@ def _spans(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, 1 << (longest - lengths[order].astype(np.int64))
 
 
-def _tables(lengths: np.ndarray, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
+def _tables(
+    lengths: np.ndarray, itemsize: int, shortest_window: int = _SHORTEST_WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
     """What the next bits of a stream stand for, for each value that they can have.
 
     Returns:
@@ -272,7 +275,7 @@ def _tables(lengths: np.ndarray, itemsize: int) -> tuple[np.ndarray, np.ndarray]
         (2**window,) the first symbol alone.
     """
     order, spans = _spans(lengths)
-    window = max(_SHORTEST_WINDOW, int(lengths.max()))
+    window = max(shortest_window, int(lengths.max()))
     singles = np.repeat(order, (spans << window) // spans.sum()).astype(np.uint16)
     entries = np.empty(2**window, np.uint64)
     _join_codes(singles, lengths, itemsize, window, entries)

@@ -180,66 +180,130 @@ def _count(bits, dropped):
 
 
 def _split(rows: np.ndarray, low: int, base: int, alphabet: int, gaps: bool):
-    """The symbols of floats, and the ``low`` bits below them and the sign as bytes."""
+    """The symbols of floats, and the ``low`` bits below them with the sign above as bytes."""
     codes = np.empty(rows.shape, np.uint8 if alphabet <= 256 else np.uint16)
-    words = np.zeros(rows.size * (low + 1) // 64 + 2, np.uint64)
-    used = _split_bits(rows.reshape(-1), codes.reshape(-1), words, low, base - 1, gaps)
-    return codes, words.view(np.uint8)[: -(-used // 8)].tobytes()
-
-
-@compiled
-def _split_bits(bits, codes, words, low, below, gaps):
-    size = bits.itemsize * 8
-    magnitude = np.uint64((1 << (size - 1)) - 1)
-    place = 0
-    for i in range(bits.size):
-        value = np.uint64(bits[i])
-        if value == 0:
-            codes[i] = 0
-            place += 0 if gaps else low + 1
-            continue
-        sign = value >> np.uint64(size - 1)
-        value &= magnitude
-        codes[i] = np.int64(value >> np.uint64(low)) - below
-        rest = (value & np.uint64((1 << low) - 1)) | (sign << np.uint64(low))
-        word, shift = place >> 6, np.uint64(place & 63)
-        words[word] |= rest << shift
-        words[word + 1] |= (rest >> np.uint64(1)) >> (np.uint64(63) - shift)
-        place += low + 1
-    return place
+    rest = np.empty(rows.size, rows.dtype)
+    filled = _take_apart(rows.reshape(-1), codes.reshape(-1), rest, low, base - 1, gaps)
+    return codes, pack_bits(rest[:filled], low + 1)
 
 
 def _unsplit(codes, rest, rows: np.ndarray, low: int, base: int, gaps: int) -> None:
     """The inverse of `_split`, into ``rows``."""
+    flat = rows.reshape(-1)
     filled = int(np.count_nonzero(codes)) if gaps else codes.size
-    if -(-filled * (low + 1) // 8) != len(rest):
-        raise StreamError(f"the stream is damaged: {len(rest)} bytes for {filled} values")
-    words = np.zeros(len(rest) // 8 + 2, np.uint64)
-    words.view(np.uint8)[: len(rest)] = np.frombuffer(rest, np.uint8)
-    high = np.arange(256**codes.itemsize, dtype=np.uint64) + np.uint64(base) - np.uint64(1)
-    high[0] = 0
-    _join_bits(codes.reshape(-1), high << np.uint64(low), words, rows.reshape(-1), low, bool(gaps))
+    unpack_bits(rest, low + 1, flat[:filled])
+    if gaps:
+        _join_filled(codes.reshape(-1), flat, filled, low, base - 1)
+    else:
+        _join(codes.reshape(-1), flat, low, base - 1)
+
+
+def pack_bits(numbers: np.ndarray, width: int) -> bytes:
+    """The lowest ``width`` bits of unsigned integers, (numbers,), one after the other.
+
+    They stand in planes, so that a processor can take many at once. With a whole number n to an
+    eighth of them, the bits of numbers i, n + i, 2 n + i, ... fill ``width`` bytes, the lowest
+    first, and the first of these bytes for each i make the first plane. The up to seven numbers
+    left over come last.
+    """
+    groups = len(numbers) // 8
+    planes = np.zeros((width, groups), np.uint8)
+    _to_planes(numbers[: 8 * groups], planes)
+    left = 0
+    for i, number in enumerate(numbers[8 * groups :].tolist()):
+        left |= (number & ((1 << width) - 1)) << (width * i)
+    return planes.tobytes() + left.to_bytes(-(-width * (len(numbers) % 8) // 8), "little")
+
+
+def unpack_bits(data: bytes | memoryview, width: int, numbers: np.ndarray) -> None:
+    """The inverse of `pack_bits`, into ``numbers``; their bits above ``width`` may be anything.
+
+    Raises:
+        StreamError: too few bytes, or too many.
+    """
+    groups = len(numbers) // 8
+    if len(data) != -(-len(numbers) * width // 8):
+        raise StreamError(f"the stream is damaged: {len(data)} bytes for {len(numbers)} values")
+    raw = np.frombuffer(data, np.uint8)
+    _from_planes(raw[: width * groups].reshape(width, groups), numbers[: 8 * groups])
+    left = int.from_bytes(raw[width * groups :].tobytes(), "little")
+    for i in range(8 * groups, len(numbers)):
+        numbers[i] = left & ((1 << width) - 1)
+        left >>= width
+
+
+# Indexes are unsigned below: numba looks for negative ones, which no processor does many at once.
 
 
 @compiled
-def _join_bits(codes, high, words, bits, low, gaps):
-    """The inverse of `_split_bits`; ``high`` is what each symbol stands for."""
-    width, field = np.uint64(low + 1), np.uint64((1 << low) - 1)
-    sign_at, sign_to, one = np.uint64(low), np.uint64(bits.itemsize * 8 - 1), np.uint64(1)
-    waiting, count, following = words[0], np.uint64(64), 1
+def _take_apart(bits, codes, rest, low, below, gaps):
+    """Fill the symbols and what is below them; gives how many have something below."""
+    size = bits.itemsize * 8
+    magnitude, field = np.uint64((1 << (size - 1)) - 1), np.uint64((1 << low) - 1)
+    filled = 0
+    for i in range(bits.size):
+        value = np.uint64(bits[i])
+        codes[i] = 0 if value == 0 else np.int64((value & magnitude) >> np.uint64(low)) - below
+        rest[filled] = (value & field) | (value >> np.uint64(size - 1)) << np.uint64(low)
+        filled += not (gaps and value == 0)
+    return filled
+
+
+@compiled
+def _join(codes, bits, low, below):
+    """The inverse of `_take_apart` without gaps: ``bits`` come in as the rest."""
+    field, low, below = np.uint64((1 << low) - 1), np.uint64(low), np.uint64(below)
+    top = np.uint64(bits.itemsize * 8 - 1)
     for i in range(codes.size):
-        code = codes[i]
-        if gaps and code == 0:
-            bits[i] = 0
-            continue
-        rest = waiting
-        if count >= width:
-            waiting >>= width
-            count -= width
-        else:
-            word = words[following]
-            following += 1
-            rest |= word << count
-            waiting = word >> (width - count)
-            count = np.uint64(64) - (width - count)
-        bits[i] = high[code] | (rest & field) | ((rest >> sign_at) & one) << sign_to
+        code, rest = np.uint64(codes[i]), np.uint64(bits[i])
+        value = (code + below) << low | rest & field | (rest >> low & np.uint64(1)) << top
+        bits[i] = value if code else np.uint64(0)
+
+
+@compiled
+def _join_filled(codes, bits, filled, low, below):
+    """As `_join`, with gaps: the first of ``bits`` come in as the rest, and spread from the end."""
+    field, low, below = np.uint64((1 << low) - 1), np.uint64(low), np.uint64(below)
+    top = np.uint64(bits.itemsize * 8 - 1)
+    for i in range(codes.size - 1, -1, -1):
+        code = np.uint64(codes[i])
+        filled -= code != 0
+        rest = np.uint64(bits[max(filled, 0)])
+        value = (code + below) << low | rest & field | (rest >> low & np.uint64(1)) << top
+        bits[i] = value if code else np.uint64(0)
+
+
+@compiled
+def _to_planes(numbers, planes):
+    """The planes of `pack_bits`, which come in as zeros."""
+    width, groups = planes.shape
+    for eighth in range(8):
+        first = eighth * width  # bit of a group where the number begins
+        for plane in range(first >> 3, (first + width + 7) >> 3):
+            shift, start = 8 * plane - first, np.uint64(eighth * groups)
+            mask = np.uint64((1 << width) - 1)
+            for i in range(groups):
+                number = np.uint64(numbers[start + np.uint64(i)]) & mask
+                if shift < 0:
+                    planes[plane, i] |= (number << np.uint64(-shift)) & np.uint64(255)
+                else:
+                    planes[plane, i] |= (number >> np.uint64(shift)) & np.uint64(255)
+
+
+@compiled
+def _from_planes(planes, numbers):
+    """The inverse of `_to_planes`."""
+    width, groups = planes.shape
+    for eighth in range(8):
+        first = eighth * width
+        for plane in range(first >> 3, (first + width + 7) >> 3):
+            shift, start = 8 * plane - first, np.uint64(eighth * groups)
+            row = planes[plane]
+            if shift <= 0:  # the first of this number
+                for i in range(groups):
+                    numbers[start + np.uint64(i)] = row[np.uint64(i)] >> np.uint64(-shift)
+            else:
+                for i in range(groups):
+                    numbers[start + np.uint64(i)] |= np.uint64(row[np.uint64(i)]) << np.uint64(
+                        shift
+                    )
