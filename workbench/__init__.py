@@ -2,8 +2,9 @@
 
 Rooms: ``data``, ``models`` and ``training`` are the bench; ``compress`` makes a model cheaper,
 ``storage`` makes a small file of it, ``transfer`` takes that to another machine, ``deploy`` runs
-it, ``measure`` gives the evidence and ``explore`` shows it. Each is imported when it is first used,
-so that ``import workbench`` itself costs almost nothing.
+it, ``parallel`` shares the work among several processes, ``measure`` gives the evidence and
+``explore`` shows it. Each is imported when it is first used, so that ``import workbench`` itself
+costs almost nothing.
 """
 
 from importlib import import_module
@@ -11,7 +12,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "compress", "data", "deploy", "explore", "measure", "models", "storage", "training", "transfer",
+    "compress", "data", "deploy", "explore", "measure", "models", "parallel", "storage", "training",
+    "transfer",
 )  # fmt: skip
 
 
