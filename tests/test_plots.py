@@ -498,3 +498,75 @@ def test_code_tree_leads_to_each_symbol_by_its_code():
     assert sorted(text.get_text() for text in tree.texts) == ["0"] * 3 + ["1"] * 3
     title = plots.code_tree(counts)._suptitle.get_text()
     assert title == "1.750 bits a symbol on average; the entropy is 1.750"
+
+
+def bowl(x, y):
+    return (x - 1) ** 2 + 4 * (y + 1) ** 2
+
+
+def walks_of(*ends):
+    return {f"to {end}": torch.linspace(0, end, 21)[:, None] * torch.tensor([1.0, -1.0])
+            for end in ends}  # fmt: skip
+
+
+def test_paths_gives_each_walk_a_panel_with_its_points():
+    walks = walks_of(0.5, 1.0, 2.0, 3.0, 7.0)
+    picture = plots.paths(bowl, walks, x=(-1, 5), y=(-5, 1), every=8)
+    panels = [axes for axes in picture.axes if axes.axison]
+    assert len(panels) == len(walks)
+    assert len({axes.get_position().y0 for axes in panels}) == 2  # four panels to a row
+    for axes, walk in zip(panels, walks.values(), strict=True):
+        path, dots, lowest, start, end = (line.get_xydata() for line in axes.lines)
+        assert np.array_equal(path, walk)
+        assert np.array_equal(dots, walk[[8, 16]])
+        assert np.allclose(lowest, [[1, -1]], atol=0.02)
+        assert (start.tolist(), end.tolist()) == ([walk[0].tolist()], [walk[-1].tolist()])
+        assert (axes.get_xlim(), axes.get_ylim()) == ((-1, 5), (-5, 1))
+        assert any(label.get_visible() for label in axes.get_yticklabels()) == (
+            axes.get_subplotspec().is_first_col()
+        )
+
+
+def test_paths_says_how_high_each_walk_ends():
+    picture = plots.paths(bowl, walks_of(1.0, 3.0), x=(-1, 5), y=(-5, 1), every=7)
+    titles = [axes.get_title(loc="left") for axes in picture.axes]
+    assert titles == ["to 1.0: 0", "to 3.0: 20"]
+    assert legend_of(picture)[1] == "every 7 steps"
+
+
+def test_paths_draws_contours_a_factor_of_ten_apart():
+    axes = plots.paths(bowl, walks_of(1.0), x=(-1, 5), y=(-5, 1)).axes[0]
+    (contour,) = axes.collections
+    assert contour.levels.tolist() == [-3, -2, -1, 0, 1]
+    above_one = np.concatenate([part.vertices for part in contour.get_paths()[3:4]])
+    assert bowl(*torch.tensor(above_one.T)).numpy() == pytest.approx(1, rel=0.02)
+
+
+def test_paths_labels_x_below_the_last_panel_of_each_column():
+    panels = plots.paths(bowl, walks_of(1, 2, 3, 4, 5), x=(-1, 5), y=(-5, 1)).axes[:5]
+    labelled = [axes.xaxis.get_tick_params()["labelbottom"] for axes in panels]
+    assert labelled == [False, True, True, True, True]
+
+
+def test_paths_of_a_walk_that_diverged():
+    walk = torch.tensor([[0.0, 0.0], [1e200, -1e200], [math.inf, math.nan]])
+    picture = plots.paths(bowl, {"lost": walk}, x=(-1, 5), y=(-5, 1))
+    assert picture.axes[0].get_title(loc="left") == "lost: nan"
+    assert picture.png()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"walks": {}}, "there is no walk"),
+        ({"walks": {"a": torch.zeros(5, 3)}}, r"walk 'a' has shape \(5, 3\); give points as"),
+        ({"walks": {"a": torch.zeros(0, 2)}}, r"walk 'a' has shape \(0, 2\)"),
+        ({"x": (1, 1)}, "x runs from 1 to 1; give the lower end first"),
+        ({"y": (1, -1)}, "y runs from 1 to -1"),
+        ({"every": 0}, "every is 0; give 1 or more steps"),
+    ],
+)
+def test_what_paths_cannot_draw(change, message):
+    arguments = {"walks": walks_of(1.0), "x": (-1, 5), "y": (-5, 1)} | change
+    with pytest.raises(ValueError, match=message):
+        plots.paths(bowl, **arguments)

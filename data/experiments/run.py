@@ -9,25 +9,32 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, MultiStepLR
 from torch.utils.data import TensorDataset
 
-from workbench import compress, data, measure, models, storage, training
+from workbench import compress, data, measure, models, parallel, storage, training
 from workbench.compress.distillation import divergence
 from workbench.compress.layers import layers_of
 from workbench.compress.recipe import Distill, Prune, QuantizeWeights, Recipe, ShareWeights
 from workbench.data import Split, Task
 from workbench.measure.accuracy import paired_p_value
+from workbench.parallel import gradient_compression as gc
+from workbench.parallel import pipeline_parallel as pp
 from workbench.storage import run_length
 
 SEEDS = (0, 1, 2)
@@ -248,8 +255,10 @@ DEEP_COMPRESSION = {
             0.04: (15, SGD),
             0.026: (15, SGD),
             0.018: (15, SGD),
+            0.0125: (7, SGD),
+            0.01: (7, SGD),
         },
-        seeds_levels=0,
+        seeds_levels=3,
         kept_file=0.09,
         epochs=5,
         # What each layer keeps, relative to all: small layers more, as in Han et al. The few
@@ -346,9 +355,12 @@ def byte_table(dense: nn.Module, shared: nn.Module) -> tuple[dict[str, dict], nn
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.safetensors")
-        huffman = storage.save(shared, path, codec="run_length", progress=False).frame
-        best = storage.save(shared, path, progress=False).frame
-        loaded = storage.load(path, into=dense)
+        frames = {
+            "huffman": storage.save(shared, path, codec="run_length", progress=False).frame,
+            "coded": storage.save(shared, path, progress=False).frame,
+        }
+        loaded, size = storage.load(path, into=dense), path.stat().st_size
+    huffman, best = (frame.set_index("tensor") for frame in frames.values())
     table = {}
     for name, dense_weight in dense.named_parameters():
         layer, _, kind = name.rpartition(".")
@@ -358,7 +370,7 @@ def byte_table(dense: nn.Module, shared: nn.Module) -> tuple[dict[str, dict], nn
         codes = source.codes().numpy()
         pairs = {bits: len(run_length.gaps(codes, 0, bits)[0]) for bits in range(1, 9)}
         gap_bits = min(pairs, key=lambda bits: pairs[bits] * (bits + source.bits))
-        count, held = pairs[gap_bits], huffman.set_index("tensor").loc[name]
+        count, held = pairs[gap_bits], huffman.loc[name]
         table[layer] = {
             "weights": codes.size,
             "nonzeros": int((codes != 0).sum()),
@@ -371,19 +383,299 @@ def byte_table(dense: nn.Module, shared: nn.Module) -> tuple[dict[str, dict], nn
             "huffman_gaps_bytes": int(held["positions_bytes"]),
             "huffman_values_bytes": int(held["values_bytes"]),
             "huffman_bytes": int(held["size_bytes"]),
-            "coded_bytes": int(best.set_index("tensor").loc[name, "size_bytes"]),
+            "coded_bytes": int(best.loc[name, "size_bytes"]),
         }
     biases = sum(p.nbytes for n, p in dense.named_parameters() if n.endswith("bias"))
     rest = models.file_bytes(dense) - biases - sum(row["dense_bytes"] for row in table.values())
-    for part, plain, which in (
-        ("biases", biases, huffman["tensor"].str.endswith("bias")),
-        ("header", rest, huffman["count"] == 0),
-    ):
+    for part, plain in (("biases", biases), ("header", rest)):
         table[part] = {f"{stage}_bytes": plain for stage in ("dense", "pruned", "shared")}
-        table[part] |= {"huffman_bytes": int(huffman[which]["size_bytes"].sum())}
-        table[part] |= {"coded_bytes": int(best[which]["size_bytes"].sum())}
+        for stage, frame in frames.items():
+            is_bias = frame["tensor"].str.endswith("bias")
+            which = is_bias if part == "biases" else frame["count"] == 0
+            table[part][f"{stage}_bytes"] = int(frame["size_bytes"][which].sum())
     frame = pd.DataFrame(table.values()).drop(columns=["gap_bits", "code_bits"])
+    assert frame["coded_bytes"].sum() == size
     return table | {"all": frame.sum().astype(int).to_dict()}, loaded
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices, which is all that it takes, and AdamW for the rest, at one learning rate.
+
+    The learning rate of Muon is brought to AdamW's scale as in Liu et al. (2025), "Muon is scalable
+    for LLM training".
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float):
+        parameters = list(parameters)
+        matrices = [p for p in parameters if p.ndim == 2]
+        rest = [p for p in parameters if p.ndim != 2]
+        how = dict(lr=lr, weight_decay=0.01)
+        self.parts = [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **how),
+            torch.optim.AdamW(rest, **how),
+        ]
+        super().__init__(parameters, how)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+
+# Each optimizer, with what it does not default to, and the smallest of its seven learning rates,
+# as a power of ten. The next is always sqrt(10) times larger.
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, -2),
+    "momentum": (partial(torch.optim.SGD, momentum=0.9), -3),
+    "Nesterov": (partial(torch.optim.SGD, momentum=0.9, nesterov=True), -3),
+    "AdaGrad": (torch.optim.Adagrad, -3),
+    "RMSProp": (torch.optim.RMSprop, -4.5),
+    "Adam": (torch.optim.Adam, -4.5),
+    "AdamW": (torch.optim.AdamW, -4.5),
+    "Muon": (MuonAndAdamW, -4.5),
+}
+SCHEDULES: dict[str, training.Schedule] = {
+    "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1.0),
+    "warm-up": lambda optimizer, steps: LinearLR(optimizer, 0.01, total_iters=steps // 10),
+    "step": lambda optimizer, steps: MultiStepLR(optimizer, [steps // 2, 3 * steps // 4]),
+    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
+    "one-cycle": training.one_cycle,
+}
+# A larger batch starts from the rate chosen for 64 images, and is not tuned again.
+SCALINGS = {"unscaled": 0.0, "square root": 0.5, "linear": 1.0}  # exponent of the batch size
+BATCH = 64
+
+
+def optimizers() -> Iterator[dict]:
+    """Optimizers, each at the best of seven learning rates; then schedules; then batch sizes."""
+    task = data.fashion_mnist()
+    chosen = {}
+    for name, (optimizer, low) in OPTIMIZERS.items():
+        rates = [10 ** (low + step / 2) for step in range(7)]
+        columns = {"question": "optimizer", "name": name, "batch_size": BATCH}
+        chosen[name] = yield from best_of(rates, columns, task, optimizer=optimizer)
+    momentum = OPTIMIZERS["momentum"][0]
+    for name, schedule in SCHEDULES.items():
+        rates = [chosen["momentum"] * 10 ** (step / 2) for step in (-1, 0, 1)]
+        columns = {"question": "schedule", "name": name, "batch_size": BATCH}
+        yield from best_of(rates, columns, task, optimizer=momentum, schedule=schedule)
+    small, rates = "lenet-300-100", [10 ** (step / 2) for step in (-4, -3, -2, -1)]
+    columns = {"question": "batch size", "name": "momentum", "batch_size": BATCH}
+    rate = yield from best_of(rates, columns, task, network=small, optimizer=momentum)
+    for batch_size, name in itertools.product((32, 64, 128, 256, 512, 1024, 2048), SCALINGS):
+        scaled = rate * (batch_size / BATCH) ** SCALINGS[name]
+        columns = {"question": "batch size", "name": name, "batch_size": batch_size}
+        for seed in SEEDS:
+            row, _ = short_training(
+                scaled, seed, task, batch_size, network=small, optimizer=momentum
+            )
+            yield columns | {"stage": "scaled"} | row
+
+
+def best_of(rates: list[float], columns: dict, task: Task, **settings) -> Generator:
+    """Rows of a sweep over learning rates, then of all seeds at the best; returns that rate.
+
+    It is chosen by the first seed on validation; only the rows "final" see the test split.
+    """
+    tried = {}
+    for rate in rates:
+        row, model = short_training(rate, SEEDS[0], task, **settings)
+        yield columns | {"stage": "sweep"} | row
+        tried[rate] = (row, model)
+    best = max(rates, key=lambda rate: tried[rate][0]["validation"])
+    for seed in SEEDS:
+        if seed != SEEDS[0]:
+            tried[best] = short_training(best, seed, task, **settings)
+        row, model = tried[best]
+        yield columns | {"stage": "final"} | row | {"score": score(model, task)}
+    return best
+
+
+def short_training(
+    rate: float, seed: int, task: Task, batch_size: int = BATCH, *, optimizer: Callable,
+    network: str = "lenet-5", **settings,
+) -> tuple[dict, nn.Module]:  # fmt: skip
+    """Five epochs on 4,000 images. A loss that is no longer finite counts as knowing nothing."""
+    model = models.build(network, seed=seed).to(memory_format=torch.channels_last)
+    columns = {"network": network, "learning_rate": rate, "seed": seed}
+    try:
+        history = training.fit(
+            model, smaller(task, 4_000, seed), epochs=5, batch_size=batch_size, seed=seed,
+            optimizer=partial(optimizer, lr=rate), precision="mixed", progress=False, **settings,
+        ).frame  # fmt: skip
+    except ValueError as error:
+        if "training loss" not in str(error):
+            raise
+        return columns | {"diverged": True, "validation": 1 / len(task.labels)}, model
+    facts = {"diverged": False, "training_loss": history["training_loss"].iloc[-1]}
+    return columns | facts | {"validation": history["validation_accuracy"].max()}, model
+
+
+class Forgetful(gc.TopK):
+    """Top-k as it must not be done: what is not sent is lost."""
+
+    feedback = False
+
+
+# How gradients, or weights, cross the wire, and what trains: SGD with momentum, but for DiLoCo.
+STEPS, EVERY = 400, 50
+COMPRESSORS: dict[str, gc.Compressor] = {
+    "none": gc.Uncompressed(),
+    "fp16": gc.Cast("float16"),
+    "int8": gc.Int8(),
+    "ternary": gc.Ternary(),
+    "sign": gc.Sign(),
+    "top-k 1 %": gc.TopK(density=0.01),
+    "top-k 1 %, forgetful": Forgetful(density=0.01),
+    "DGC 1 %": gc.DeepGradient(density=0.01, warm_up_steps=STEPS // 10),
+    "PowerSGD rank 4": gc.PowerSGD(rank=4),
+}
+LOCAL: dict[str, Callable[..., gc.LocalTraining]] = {
+    "local SGD": partial(gc.local_sgd, every=EVERY),
+    "DiLoCo": partial(gc.diloco, every=EVERY),
+}
+
+
+def gradient_compression() -> Iterator[dict]:
+    """Bytes for each step of two ranks, and accuracy after as many steps, for each compressor.
+
+    LeNet-300-100 on batches of 128, with a one-cycle schedule. DiLoCo trains with AdamW inside, so
+    there is a row of AdamW without compression ("none, AdamW"), too.
+    """
+    adamw = ("none, AdamW", "DiLoCo")
+    for method in (*COMPRESSORS, "local SGD", *adamw):
+        optimizer = partial(SGD, weight_decay=0)
+        if method in adamw:
+            optimizer = partial(torch.optim.AdamW, lr=2e-3)
+        compressor = method.removesuffix(", AdamW")
+        ranks = parallel.run(trained_by_two, compressor, optimizer, 0)
+        assert torch.equal(ranks[0].pop("weights"), ranks[1].pop("weights"))
+        yield {"method": method, "seed": 0, "steps": STEPS} | ranks[0]
+
+
+def trained_by_two(method: str, optimizer: Callable, seed: int) -> dict:
+    """What one rank trains on its half of every batch of 128; it has the same weights as others."""
+    task = data.fashion_mnist()
+    model = models.build("lenet-300-100", seed=seed)
+    trained, stepper, wire = exchanging(method, model, optimizer)
+    scheduler = training.one_cycle(getattr(stepper, "optimizer", stepper), STEPS)
+    images, labels = task.train.source.tensors
+    order = torch.arange(len(labels)).repeat(2)
+    for half in order.view(2, -1):
+        half[:] = half[torch.randperm(len(half), generator=torch.Generator().manual_seed(seed))]
+    for batch in order[: STEPS * 128].split(128):
+        mine = batch[dist.get_rank() :: 2]
+        trained.zero_grad()
+        task.loss(trained(images[mine]), labels[mine]).backward()
+        stepper.step()
+        scheduler.step()
+    report = wire.report()
+    return {
+        "bytes_per_step": report.bytes_per_step,
+        "times_smaller": report.times_smaller,
+        "score": score(model, task),
+        "weights": nn.utils.parameters_to_vector(model.parameters()).detach(),
+    }
+
+
+def exchanging(method: str, model: nn.Module, optimizer: Callable) -> tuple:
+    """The model to call, whose ``step`` to call, and whose ``report`` has the bytes."""
+    if method in LOCAL:
+        local = LOCAL[method](model, optimizer(model.parameters()))
+        return model, local, local
+    if isinstance(COMPRESSORS[method], gc.DeepGradient):  # has the momentum in it
+        optimizer = partial(torch.optim.SGD, lr=optimizer.keywords["lr"])
+    wrapped = DistributedDataParallel(model, bucket_cap_mb=25)
+    wire = gc.compress_gradients(wrapped, COMPRESSORS[method])
+    return wrapped, optimizer(model.parameters()), wire
+
+
+def slow_link() -> Iterator[dict]:
+    """Time and bytes of a training step of two hosts, at 100 Mbit/s and without a limit, and alone.
+
+    The hosts are network namespaces on one machine: needs root, and ``ip`` and ``tc`` (iproute2).
+    Bytes on the wire are those of the interface's counter. "DDP" has no hook at all; "alone" is one
+    process that compresses and decompresses, and has nobody to send to.
+    """
+    sys.path.append(str(data.folder().parent / "tests"))
+    import namespaces
+
+    methods = ("none", "fp16", "int8", "top-k 1 %", "PowerSGD rank 4", "local SGD", "DiLoCo")
+    links = {"100 Mbit/s": 100, "no limit": None}
+    for method in ("DDP", *methods):
+        for link, rate_mbit_s in links.items():
+            with namespaces.two_hosts(rate_mbit_s) as hosts:
+                rows = hosts.run(timed, method, hosts.sent_bytes)
+            yield {"link": link, "method": method} | rows[0]
+        rows = parallel.run(timed, method, world_size=1)
+        yield {"link": "alone", "method": method} | rows[0]
+
+
+def timed(method: str, wire_bytes: Callable[[int], int] = lambda rank: 0) -> dict:
+    """Seconds and bytes of one rank for a step of a wide network, on 32 images."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model, images = models.build("mlp-wide"), torch.rand(32, 1, 28, 28)
+    optimizer, labels = partial(torch.optim.SGD, lr=0.01), torch.randint(0, 10, (32,))
+    if method == "DDP":
+        trained = DistributedDataParallel(model, bucket_cap_mb=25)
+        stepper, wire = optimizer(model.parameters()), None
+    else:
+        trained, stepper, wire = exchanging(method, model, optimizer)
+
+    def step() -> None:
+        trained.zero_grad()
+        nn.functional.cross_entropy(trained(images), labels).backward()
+        stepper.step()
+
+    for _ in range(2):  # DDP arranges its buckets anew
+        step()
+    steps = EVERY if method in LOCAL else 4  # among EVERY steps there is one exchange
+    dist.barrier()
+    counted = wire.report().sent_bytes if wire else math.nan
+    before, start = wire_bytes(rank), time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    seconds, on_wire = time.perf_counter() - start, wire_bytes(rank) - before
+    counted = wire.report().sent_bytes - counted if wire else math.nan
+    columns = {"network": "mlp-wide", "steps": steps, "step_seconds": seconds / steps}
+    return columns | {"bytes_per_step": counted / steps, "wire_bytes_per_step": on_wire / steps}
+
+
+def pipeline_bubble() -> Iterator[dict]:
+    """The bubble of four ranks, by schedule and number of micro-batches, and what theory says.
+
+    A stage is a pause of 100 ms forward and 200 ms backward (half of it where a rank has two): it
+    stands for a device of its own, which four ranks on two cores do not have. Of two steps, the
+    one that other programs disturbed least.
+    """
+    for schedule, stages in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1)):
+        for microbatches in (4, 8, 16, 32):
+            pauses = [pp.Pause(100 / stages, 200 / stages) for _ in range(4 * stages)]
+            trace = parallel.run(paused, pauses, schedule, microbatches, world_size=4)[0]
+            yield {
+                "schedule": schedule,
+                "ranks": 4,
+                "stages_per_rank": stages,
+                "microbatches": microbatches,
+                "bubble": pp.bubble(trace),
+                "theory": pp.bubble(pp.replay(trace)),
+                "in_flight": max(pp.in_flight(trace)),
+            }
+
+
+def paused(pauses: list[nn.Module], schedule: str, microbatches: int) -> pd.DataFrame:
+    """The trace of the step with the smallest bubble."""
+    x = torch.zeros(microbatches, 1)
+    pipeline = pp.Pipeline(
+        pauses, x[:1], loss=nn.functional.mse_loss, microbatches=microbatches, schedule=schedule
+    )
+    traces = []
+    for _ in range(2):
+        pipeline.step(x, x)
+        traces.append(pipeline.trace())
+    return min(traces, key=pp.bubble)
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
@@ -396,6 +688,10 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     "orders": orders,
     "sensitivity": sensitivity,
     "deep-compression": deep_compression,
+    "optimizers": optimizers,
+    "gradient-compression": gradient_compression,
+    "slow-link": slow_link,
+    "pipeline-bubble": pipeline_bubble,
 }
 
 

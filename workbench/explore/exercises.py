@@ -110,8 +110,18 @@ def _uint8_grid(low: float, high: float) -> tuple[float, int]:
     return scale, round(-low / scale)
 
 
+def _warm_up_and_cosine(step: int, steps: int) -> float:
+    done = step / steps
+    return 10 * done if done < 0.1 else (1 + math.cos(math.pi * (done - 0.1) / 0.9)) / 2
+
+
 def _mcnemar(b: int, c: int) -> float:
     return float(binomtest(b, b + c).pvalue)
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """All but the largest value set to 0."""
+    return torch.where(values.abs() == values.abs().max(), values, 0)
 
 
 EXERCISES = {
@@ -271,5 +281,89 @@ EXERCISES = {
         why="One byte at the front moves all borders, and every chunk is new: that is why the "
         "chunks of a manifest begin anew with each tensor.",
         hint="cut both into chunks and keep those of the old one in a set; the last may be short.",
+    ),
+    "08.1": Exercise(
+        close_to((1 + math.sqrt(0.9)) / (1 - math.sqrt(0.9)), relative=0.03),
+        why="About 38. In a gentler valley momentum swings where a plain step arrives.",
+        hint="set the two parts that a step leaves equal, (k - 1) / (k + 1) = sqrt(0.9), and solve "
+        "for k.",
+    ),
+    "08.2": Exercise(
+        close_to(7 * (4 + 4 + 2 * 4), relative=0.01),
+        why="112 GB, four times the weights alone: half of it is the optimizer's.",
+        hint="count 4 bytes for each weight, for each gradient, and for each number that AdamW "
+        "keeps; the table of rules says how many those are.",
+    ),
+    "08.3": Exercise(
+        returns([((step, steps), _warm_up_and_cosine(step, steps))
+                 for step, steps in ((0, 100), (5, 100), (10, 100), (55, 100), (7, 30), (9, 9))]),
+        why="Large steps are safe only once the weights have left their random start, and small "
+        "ones at the end let the noise of the batches average out.",
+        hint="before a tenth: step / (steps / 10). After it, (1 + cos(pi * x)) / 2, where x goes "
+        "from 0 to 1 over the other nine tenths.",
+    ),
+    "09.1": Exercise(
+        close_to(150),
+        why="2 * 3/4 * 100 MB. With more ranks it comes to twice the gradients, and no more.",
+        hint="a ring passes three of four pieces on while they are summed, and three sums after.",
+    ),
+    "09.2": Exercise(
+        close_to(8 * 15 / 0.01),
+        why="12,000 Mbit/s: within a data centre packing may take longer than it saves.",
+        hint="two ranks each send what there is. At which rate do 15 MB take 10 ms?",
+    ),
+    "09.3": Exercise(
+        lambda answer: all(
+            close_to(sent)(answer([torch.tensor(g) for g in gradients], compress))
+            for gradients, compress, sent in (
+                ([[1.0, 4.0], [2.0, 1.0], [0.0, 0.0]], _largest, [[0, 4], [3, 0], [0, 1]]),
+                ([[0.4], [0.4], [0.4]], torch.round, [[0], [1], [0]]),
+                ([[2.0, -3.0]], torch.zeros_like, [[0, 0]]),
+            )
+        ),
+        why="All that was sent, and what still waits, is the sum of the gradients.",
+        hint="keep what was not sent, the tensor less what compress gave, and add it to the next.",
+    ),
+    "10.1": Exercise(
+        close_to(63, relative=1e-9),
+        why="7 / (m + 7) is at most a tenth from m = 63 on. With two stages a rank, half of that "
+        "would do.",
+        hint="set (p - 1) / (m + p - 1) to 0.1 with p = 8, and solve for m.",
+    ),
+    "10.2": Exercise(
+        lambda answer: all(
+            list(answer(p, m)) == [min(m, p - r) for r in range(p)]
+            for p, m in ((4, 8), (4, 16), (4, 2), (1, 5), (3, 3))
+        ),
+        why="The first rank is p micro-batches ahead of their return, the last one only one: its "
+        "forward pass is followed by its own backward pass.",
+        hint="how many micro-batches can rank r send off until the first comes back to it? There "
+        "may be fewer micro-batches than ranks.",
+    ),
+    "10.3": Exercise(
+        close_to(4 * 24 * 4 * 2048 * 4096 * 2 / 1e9),
+        why="6.4 GB a step, twice in each block in each direction: a matter for the links within "
+        "one machine.",
+        hint="four sums a block, each of B T D numbers of two bytes.",
+    ),
+    "11.1": Exercise(
+        close_to(100 / 70),
+        why="One worker needs 100; two need 20 for the stem and 50 for the longer branch.",
+        hint="how long is the longest way from the input to the output?",
+    ),
+    "11.2": Exercise(
+        returns([
+            (([5, 3, 2, 2], 2), 7), (([3, 3, 2, 2, 2], 2), 7), (([4], 3), 4), (([1, 1, 1], 3), 1),
+            (([2, 7, 4, 3, 6], 3), 8),
+        ]),
+        why="For 3, 3, 2, 2, 2 it gives 7, though 6 is possible: the rule is quick, and at most a "
+        "third above the best (Graham, 1969).",
+        hint="sort from large to small; give each to the worker whose sum is smallest.",
+    ),
+    "11.3": Exercise(
+        close_to(1_050_624 / (2 * 512)),
+        why="1,026 examples. Below that, the outputs of the branches are less to send than the "
+        "gradients of all weights.",
+        hint="a batch of B sends 2 * 512 * B values; when is that 1,050,624?",
     ),
 }  # fmt: skip

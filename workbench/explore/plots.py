@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 from torch import Tensor, nn
@@ -338,6 +340,120 @@ def ranked(frame: pd.DataFrame, name: str, *, value: str = "score", label: str |
     return picture
 
 
+def paths(
+    surface: Callable[[Tensor, Tensor], Tensor],
+    walks: Mapping[str, Tensor],
+    *,
+    x: tuple[float, float],
+    y: tuple[float, float],
+    every: int = 10,
+) -> Picture:
+    """The way of each optimizer over one surface: a panel for each, with contours of the surface.
+
+    Lines of the contour are a factor of ten apart in height above the lowest point in sight, which
+    a cross marks. The title gives the height at which a walk ends. What lies outside ``x`` and
+    ``y`` is cut off.
+
+    Args:
+        surface: height at x and y, each a tensor of any one shape.
+        walks: name -> points of shape (steps + 1, 2), from the start to the end.
+        x, y: the part of the surface to show, from lowest to highest.
+        every: a dot is drawn after this many steps, again and again.
+
+    Raises:
+        ValueError: no walk, a walk of another shape, an empty range, or ``every`` < 1.
+    """
+    if not walks:
+        raise ValueError("there is no walk; give at least one, as name -> (steps + 1, 2) points")
+    for name, walk in walks.items():
+        if walk.ndim != 2 or walk.shape[1] != 2 or len(walk) == 0:
+            raise ValueError(
+                f"walk {name!r} has shape {tuple(walk.shape)}; give points as (steps + 1, 2)"
+            )
+    for name, (low, high) in {"x": x, "y": y}.items():
+        if not low < high:
+            raise ValueError(f"{name} runs from {low} to {high}; give the lower end first")
+    if every < 1:
+        raise ValueError(f"every is {every}; give 1 or more steps")
+    across, up = torch.meshgrid(torch.linspace(*x, 401), torch.linspace(*y, 401), indexing="xy")
+    heights = surface(across, up).detach()  # (401 values of y, 401 of x)
+    lowest = torch.tensor([[across.flatten()[heights.argmin()], up.flatten()[heights.argmin()]]])
+    heights = np.log10((heights - heights.min()).clamp(min=1e-9).numpy())
+    levels = np.arange(-4, 1) + math.floor(heights.max())
+    columns = min(4, len(walks))
+    rows = -(-len(walks) // columns)
+    with rc_context(_STYLE):
+        picture = Picture(0.6 + 1.8 * columns, 0.9 + 1.7 * rows)
+        grid = picture.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for axes, (name, walk) in zip(grid, walks.items(), strict=False):
+            points = walk.detach().cpu()
+            axes.contour(across, up, heights, levels, colors="0.75", linewidths=0.8,
+                         linestyles="solid")  # fmt: skip
+            drawn = (points, points[every::every], lowest, points[:1], points[-1:])
+            for which, looks in zip(drawn, _WALK_LOOKS, strict=True):
+                axes.plot(which[:, 0], which[:, 1], **looks)
+            end = surface(points[-1, 0], points[-1, 1]).item()
+            axes.set_title(f"{name}: {end:.2g}", loc="left", fontsize=11)
+            axes.set(xlim=x, ylim=y)
+            axes.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
+        for axes in grid[len(walks) :]:
+            axes.set_axis_off()
+        for axes in grid[len(walks) - columns : len(walks)]:  # nothing stands below them
+            axes.tick_params(labelbottom=True)
+        picture.supxlabel("x", fontsize=11.5)
+        picture.supylabel("y", fontsize=11.5)
+        names = ("path", f"every {every} steps", "lowest point", "start", "end (title: its height)")
+        picture.legend(
+            grid[0].get_lines(), names, loc="outside upper left", ncols=5, frameon=False,
+            handletextpad=0.3, columnspacing=1.2,
+        )  # fmt: skip
+    return picture
+
+
+def timeline(traces: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Picture:
+    """What each rank of a pipeline did when: a bar for each piece of work, grey where it waited.
+
+    A bar has the number of its micro-batch where there is room. On a rank with several stages, the
+    later ones are paler.
+
+    Args:
+        traces: a trace of `workbench.parallel`, or several by name, drawn below each other on one
+            axis of time; with the columns ``rank``, ``stage``, ``kind``, ``microbatch``,
+            ``start_ms`` and ``end_ms``.
+
+    Raises:
+        ValueError: no trace, no work in it, or a column is missing.
+    """
+    traces = {"": traces} if isinstance(traces, pd.DataFrame) else dict(traces)
+    if not traces or any(trace.empty for trace in traces.values()):
+        raise ValueError("there is nothing to draw; give traces with at least one piece of work")
+    for trace in traces.values():
+        _check_columns(trace, ["rank", "stage", "kind", "microbatch", "start_ms", "end_ms"])
+    traces = {name: _from_zero(trace) for name, trace in traces.items()}
+    span = max(trace["end_ms"].max() for trace in traces.values())
+    kinds = [kind for kind in _WORK if any(kind in set(t["kind"]) for t in traces.values())]
+    ranks = [sorted(trace["rank"].unique()) for trace in traces.values()]
+    with rc_context(_STYLE):
+        picture = Picture(9, 1.1 + sum(0.35 + 0.3 * len(r) for r in ranks))
+        heights = [len(r) for r in ranks]
+        panels = picture.subplots(len(traces), 1, sharex=True, squeeze=False, height_ratios=heights)
+        for axes, (name, trace), rows in zip(panels[:, 0], traces.items(), ranks, strict=True):
+            axes.barh(range(len(rows)), trace["end_ms"].max(), height=0.86, color="0.9")
+            for place, rank in enumerate(rows):
+                _lane(axes, place, trace[trace["rank"] == rank], span)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set(ylabel="rank", xlim=(0, span), ylim=(len(rows) - 0.5, -0.5))
+            axes.tick_params(axis="y", length=0)
+            axes.set_title(name, loc="left", fontsize=11)
+        panels[-1, 0].set_xlabel("time (ms)")
+        keys = [Rectangle((0, 0), 1, 1, color=_WORK[kind]) for kind in kinds]
+        picture.legend(
+            [*keys, Rectangle((0, 0), 1, 1, color="0.9")], [*kinds, "waiting"],
+            loc="outside upper right", ncols=5, frameon=False, handlelength=1.2,
+        )  # fmt: skip
+    return picture
+
+
 def cut(weight: Tensor, curve: pd.DataFrame, sparsity: float) -> Picture:
     """Which weights go when the smallest are pruned to ``sparsity``, and what that costs.
 
@@ -536,6 +652,44 @@ def code_words(symbols: Mapping[object, float] | Sequence[object]) -> pd.DataFra
     words = [f"{code:0{bits}b}" for code, bits in zip(codes, lengths, strict=True)]
     rows = pd.DataFrame({"symbol": list(counts), "share": shares, "code": words})
     return rows.sort_values("code", ignore_index=True)
+
+
+def branches(frame: pd.DataFrame) -> Picture:
+    """Who runs which branch of a model and when, if each FLOP takes as long as any other.
+
+    The dashed line is where one worker alone would be done. Branches that are left to run one
+    after another are hollow, with the reason of the first of them.
+
+    Args:
+        frame: from `workbench.parallel.graph_parallel.branches`.
+    """
+    _check_columns(frame, ["first", "flops", "worker", "starts_at", "left"])
+    workers = range(max(2, frame["worker"].max() + 1))
+    total = frame["flops"].sum() / 1e6
+    with rc_context(_STYLE):
+        picture = Picture(8, 1.6 + 0.6 * len(workers))
+        axes = picture.subplots()
+        for row in frame.itertuples():
+            start, width = row.starts_at / 1e6, row.flops / 1e6
+            face = "none" if row.left else COLOURS[row.worker % len(COLOURS)]
+            axes.barh(
+                row.worker, width, left=start, height=0.7, color=face,
+                edgecolor=GREY if row.left else "white", label=_shortened(row.left, 60) or None,
+            )  # fmt: skip
+            if width > 0.012 * total * max(3, len(row.first)):  # it has room for its name
+                colour = BLACK if row.left else "white"
+                middle = dict(ha="center", va="center", fontsize=10, color=colour)
+                axes.text(start + width / 2, row.worker, row.first, **middle)
+        axes.axvline(total, color=GREY, linestyle=(0, (5, 3)), linewidth=1.2)
+        axes.text(total, -0.55, "one worker ", ha="right", va="bottom", fontsize=10, color=GREY)
+        axes.set_yticks(workers, [f"worker {worker}" for worker in workers])
+        axes.set_ylim(len(workers) - 0.4, -0.9)
+        axes.set_xlim(0, total * 1.02)
+        axes.set_xlabel("work done before (million FLOPs)")
+        handles, names = axes.get_legend_handles_labels()
+        if handles:
+            axes.legend(handles[:1], names[:1], frameon=False, loc="lower left")
+    return picture
 
 
 def family(technique: str) -> str:
@@ -758,6 +912,40 @@ def _legend(picture: Picture, measured: pd.DataFrame) -> None:
         legend.remove()
 
 
+def _from_zero(trace: pd.DataFrame) -> pd.DataFrame:
+    start = trace["start_ms"].min()
+    return trace.assign(start_ms=trace["start_ms"] - start, end_ms=trace["end_ms"] - start)
+
+
+def _lane(axes: Axes, place: int, work: pd.DataFrame, span: float) -> None:
+    """The bars of one rank, with their numbers where 7.5 inches for all of ``span`` leave room."""
+    stages = sorted(work["stage"].unique())
+    for row in work.itertuples():
+        width = row.end_ms - row.start_ms
+        depth = stages.index(row.stage) / len(stages)
+        axes.barh(
+            place, width, left=row.start_ms, height=0.86, color=_WORK[row.kind],
+            alpha=1 - 0.6 * depth, edgecolor="white", linewidth=0.5,
+        )  # fmt: skip
+        number = str(row.microbatch)
+        if 7.5 * width / span > 0.05 + 0.08 * len(number):
+            axes.text(
+                row.start_ms + width / 2, place, number, ha="center", va="center_baseline",
+                fontsize=9, color="white" if depth == 0 else BLACK,
+            )  # fmt: skip
+
+
+_WALK_LOOKS = (
+    {"color": COLOURS[0], "linewidth": 1.2},
+    {"color": COLOURS[0], "marker": "o", "markersize": 3.5, "linestyle": "none"},
+    {"color": BLACK, "marker": "+", "markersize": 11, "linestyle": "none", "markeredgewidth": 1.5},
+    {"color": BLACK, "marker": "s", "markersize": 7, "linestyle": "none", "fillstyle": "none"},
+    {"color": COLOURS[1], "marker": "*", "markersize": 12, "linestyle": "none"},
+)
+_WORK = {
+    "forward": COLOURS[0], "backward": COLOURS[1], "input gradient": COLOURS[1],
+    "weight gradient": COLOURS[2],
+}  # fmt: skip
 _MOST_LEAVES = 16
 # By kind of bytes: what is told apart by colour is told apart by hatching too.
 _KIND_LOOKS = (

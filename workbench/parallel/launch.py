@@ -96,7 +96,12 @@ def run(
                 with _without_main(), there:
                     processes[-1].start()
                 here.send_bytes(call)
-            return _collect(processes, lines, Path(folder), stop_at, timeout)
+            results = _collect(processes, lines, Path(folder), stop_at, timeout)
+            for line in lines:
+                line.close()  # lets a rank end
+            for process in processes:
+                process.join(_MERCY_S)
+            return results
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(_stacks(processes, Path(folder)))
             raise

@@ -14,5 +14,6 @@ import torch.nn.parallel  # noqa: F401
 
 import workbench.data
 import workbench.models
+import workbench.parallel.data_parallel
 import workbench.parallel.worker
 import workbench.training  # noqa: F401

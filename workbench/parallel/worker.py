@@ -59,7 +59,6 @@ def serve(line: Connection, rank: int, group: Group) -> None:
         line.send(answer)
     with contextlib.suppress(EOFError, OSError):
         line.recv()  # others may still want what this rank has sent: stay until told to end
-    os._exit(0)
 
 
 @contextlib.contextmanager
