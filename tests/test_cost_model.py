@@ -36,6 +36,10 @@ def test_data_parallel_sums_the_gradients_and_sharding_sends_half_as_much_again(
     assert whole["gradients_s"] == pytest.approx(6 * 1e-3 + 2 * 3 / 4 * 4e6 / 12.5e6)
     assert parts["gradients_s"] == pytest.approx(1.5 * whole["gradients_s"])
     assert whole["memory_bytes"] - parts["memory_bytes"] == pytest.approx(16e6 * 3 / 4)
+    pieces = Layout(data=4, sharded=True, microbatches=4)  # gathered for each, kept of one
+    found = predict(WORK, pieces, MACHINE, batch=32)
+    assert found["gradients_s"] == pytest.approx(9 / 3 * parts["gradients_s"])
+    assert parts["memory_bytes"] - found["memory_bytes"] == pytest.approx((8 - 2) * 4e6)
 
 
 def test_gradients_hide_behind_computation_where_there_is_enough():

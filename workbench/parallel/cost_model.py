@@ -8,7 +8,8 @@ send ``2 (p - 1) / p * S`` bytes; an all-gather or a reduce-scatter has half of 
 A `Layout` is a grid of data * tensor * pipeline workers:
 
 - **data**: each has a share of the batch; gradients are summed once a step. *Sharded* (FSDP, ZeRO
-  stage 3), parameters are gathered before each use and gradients scattered: 1.5 times the bytes.
+  stage 3), parameters are gathered before each use and gradients scattered: 1.5 times the bytes,
+  and more if a share of the batch is computed in several pieces.
 - **tensor**: each has a part of every layer; the activations of a block are summed twice forward
   and twice backward.
 - **pipeline**: each has some of the layers; micro-batches pass from one to the next, and of the
@@ -146,7 +147,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Layout:
-    """How many workers share the batch, each layer, and the chain of layers."""
+    """How many workers share the batch, each layer, and the chain of layers.
+
+    Each share of the batch passes in ``microbatches``, one after the other: a pipeline is filled
+    with them, and elsewhere the activations of only one are kept.
+    """
 
     data: int = 1
     tensor: int = 1
@@ -167,9 +172,10 @@ class Layout:
         parts = [
             f"{'sharded' if self.sharded else 'data'} {self.data}" if self.data > 1 else "",
             f"tensor {self.tensor}" if self.tensor > 1 else "",
-            f"pipeline {self.pipeline} ({self.microbatches})" if self.pipeline > 1 else "",
+            f"pipeline {self.pipeline}" if self.pipeline > 1 else "",
         ]
-        return " x ".join(filter(None, parts)) or "one worker"
+        pieces = f" in {self.microbatches}" if self.microbatches > 1 else ""
+        return (" x ".join(filter(None, parts)) or "one worker") + pieces
 
 
 def predict(work: Work, layout: Layout, machine: Machine, *, batch: int) -> dict[str, float]:
@@ -214,8 +220,9 @@ def predict(work: Work, layout: Layout, machine: Machine, *, batch: int) -> dict
     data_link = machine.link(layout.workers)
     parameters_here = work.parameters / layout.tensor / layout.pipeline
     gradient = parameters_here * work.parameter_bytes
-    if layout.sharded:  # gathered forward and backward, then scattered
-        gradients = 3 * data_link.all_gather_s(gradient, layout.data)
+    if layout.sharded:  # gathered forward and backward, for each micro-batch; scattered once
+        passes = 2 * layout.microbatches + 1
+        gradients = passes * data_link.all_gather_s(gradient, layout.data)
     else:
         gradients = data_link.all_reduce_s(gradient, layout.data)
     gradients -= min(machine.overlap * gradients, compute)
@@ -237,7 +244,7 @@ def predict(work: Work, layout: Layout, machine: Machine, *, batch: int) -> dict
 
 
 def layouts(work: Work, workers: int, *, batch: int) -> Iterator[Layout]:
-    """All layouts of so many workers, in powers of two and up to 8 examples for a micro-batch."""
+    """All layouts of so many workers whose sizes are powers of two, but for the data's."""
     sizes = [2**i for i in range(workers.bit_length()) if workers % 2**i == 0]
     for tensor, pipeline in itertools.product(sizes, sizes):
         if workers % (tensor * pipeline) or pipeline > work.blocks:
@@ -247,7 +254,7 @@ def layouts(work: Work, workers: int, *, batch: int) -> Iterator[Layout]:
             continue
         share = batch // data
         counts = {2**i for i in range(share.bit_length()) if share % 2**i == 0}
-        for microbatches in sorted(counts) if pipeline > 1 else [1]:
+        for microbatches in sorted(counts):
             for sharded in (False, True) if data > 1 else (False,):
                 yield Layout(data, tensor, pipeline, sharded, microbatches)
 

@@ -29,6 +29,7 @@ _MANTISSA = {  # bits of it; a complex number is two floats
     torch.complex32: 10, torch.complex64: 23, torch.complex128: 52,
 }  # fmt: skip
 _MOST_KEPT = 4  # mantissa bits among the symbols: the one after takes its whole bit, to 0.001
+_MANY = 2**16  # elements of a chunk, from which a codec's `LEAST_GAIN` counts
 _MOST_SYMBOLS = 2**16
 _TABLE_BITS = 8  # of one symbol in a code table, about
 _MANY_ZEROS = 1 / 16  # of all: where bits are left out for zeros, decoding takes longer
@@ -61,7 +62,10 @@ def compress(rows: np.ndarray, dtype: torch.dtype, codec: Codec | None) -> list[
         alphabet = int(codes.max(initial=0)) + 1
         return [Section("header", numbers(_BYTES, alphabet)), *codec.compress(codes, alphabet)]
     codebook = _codebook(rows, dtype) if codec is not None else None
-    split = _best_split(rows, dtype) if codec is not None else None
+    split = None
+    if codec is not None:
+        least_gain = getattr(codec, "LEAST_GAIN", 0.0) if rows.size >= _MANY else 0.0
+        split = _best_split(rows, dtype, least_gain)
     cheapest = min(entry[0] for entry in (codebook, split, (rows.itemsize * 8.0,)) if entry)
     if codebook and codebook[0] == cheapest:
         values = codebook[1]
@@ -98,7 +102,8 @@ def expand(
             rows ^= _flip(dtype, rows.dtype)
     elif form == _CODEBOOK and codec:
         values = np.frombuffer(sections[1], rows.dtype)
-        np.take(values, codec.expand(sections[2:], rows.shape, len(values)), out=rows)
+        codes = codec.expand(sections[2:], rows.shape, len(values))
+        np.take(values, codes, out=rows, mode="clip")  # none is to be clipped: this saves a copy
     elif form == _FLOAT and codec and dtype in _MANTISSA:
         kept, base, alphabet, gaps = settings
         if kept > _MOST_KEPT or gaps > 1:
@@ -144,9 +149,14 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum()) + 0.0  # no -0.0
 
 
-def _best_split(rows: np.ndarray, dtype: torch.dtype) -> tuple[float, int, int, int, bool] | None:
+def _best_split(
+    rows: np.ndarray, dtype: torch.dtype, least_gain: float
+) -> tuple[float, int, int, int, bool] | None:
     """Bits an element takes as a float, mantissa bits to keep, where the symbols begin, how many
-    there are, and whether nothing is stored for zeros besides their symbol."""
+    there are, and whether nothing is stored for zeros besides their symbol.
+
+    A mantissa bit is kept among the symbols only if that saves ``least_gain`` bits an element.
+    """
     if dtype not in _MANTISSA or rows.size == 0:
         return None
     mantissa = _MANTISSA[dtype]
@@ -158,7 +168,7 @@ def _best_split(rows: np.ndarray, dtype: torch.dtype) -> tuple[float, int, int, 
         present = np.flatnonzero(counts)
         table = len(present) * _TABLE_BITS / rows.size
         bits = _entropy(np.append(counts, zeros)) + (mantissa - kept + 1) * filled + table
-        if len(present) and (best is None or bits < best[0]):
+        if len(present) and (best is None or bits < best[0] + least_gain * (best[1] - kept)):
             base = int(present[0])
             best = bits, kept, base, int(present[-1]) - base + 2, gaps
         counts = counts.reshape(-1, 2).sum(1)
@@ -195,7 +205,10 @@ def _unsplit(codes, rest, rows: np.ndarray, low: int, base: int, gaps: int) -> N
     if gaps:
         _join_filled(codes.reshape(-1), flat, filled, low, base - 1)
     else:
-        _join(codes.reshape(-1), flat, low, base - 1)
+        number = rows.dtype.type  # all numbers of as few bits as there are: many fit a register
+        sign, top = number(1 << low), number(1 << (rows.itemsize * 8 - 1 - low))
+        below = number((base - 1) % 2 ** (8 * rows.itemsize))
+        _join(codes.reshape(-1), flat, below, sign, number(sign - 1), top)
 
 
 def pack_bits(numbers: np.ndarray, width: int) -> bytes:
@@ -250,13 +263,14 @@ def _take_apart(bits, codes, rest, low, below, gaps):
 
 
 @compiled
-def _join(codes, bits, low, below):
-    """The inverse of `_take_apart` without gaps: ``bits`` come in as the rest."""
-    field, low, below = np.uint64((1 << low) - 1), np.uint64(low), np.uint64(below)
-    top = np.uint64(bits.itemsize * 8 - 1)
+def _join(codes, bits, below, sign, field, top):
+    """The inverse of `_take_apart` without gaps: ``bits`` come in as the rest.
+
+    Moves bits by products, not shifts, so that nothing needs more bits than it has.
+    """
     for i in range(codes.size):
-        code, rest = np.uint64(codes[i]), np.uint64(bits[i])
-        value = (code + below) << low | rest & field | (rest >> low & np.uint64(1)) << top
+        code, rest = codes[i], bits[i]
+        value = (code + below) * sign + (rest & field) + (rest & sign) * top
         bits[i] = value if code else np.uint64(0)
 
 
