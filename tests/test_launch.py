@@ -78,6 +78,18 @@ def test_an_exception_comes_back_with_its_rank_and_traceback():
     assert "worker.py" not in str(info.value)
 
 
+def test_an_exception_of_a_class_made_on_the_spot_is_the_cause():
+    class Mine(ValueError):
+        pass
+
+    def fail():
+        raise Mine("of my own")
+
+    with pytest.raises(RankError, match="of my own") as info:
+        run(fail, world_size=1)
+    assert type(info.value.__cause__).__name__ == "Mine"
+
+
 def test_an_exception_that_cannot_travel_is_told():
     def fail():
         class Odd(Exception):

@@ -51,6 +51,7 @@ from workbench.parallel.shares import (
     examples_of,
     rank_and_world_size,
 )
+from workbench.parallel.tensor_parallel import rank_bytes
 from workbench.training import ADAMW, Schedule, one_cycle
 
 Layout = Literal["naive", "ddp", "zero", "fsdp"]
@@ -250,16 +251,11 @@ class Replica:
 
         On top of them come activations, and in the layout fsdp the block that is computed on.
         """
-        parameters = [*self.model.parameters()]
+        sizes = rank_bytes(self.model, self._stepper)
         return {
-            "parameter_bytes": sum(map(_bytes_here, parameters)),
-            "gradient_bytes": sum(_bytes_here(p.grad) for p in parameters if p.grad is not None),
-            "optimizer_bytes": sum(
-                _bytes_here(value)
-                for state in self._stepper.state.values()
-                for value in state.values()
-                if isinstance(value, Tensor)
-            ),
+            "parameter_bytes": sizes["parameters"],
+            "gradient_bytes": sizes["gradients"],
+            "optimizer_bytes": sizes["optimizer"],
         }
 
     def save(self, folder: str | os.PathLike, step: int, run: dict | None = None) -> None:
@@ -408,10 +404,6 @@ def _broadcast(tensor: Tensor) -> None:
 
 def _whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def _bytes_here(tensor: Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
 @contextlib.contextmanager

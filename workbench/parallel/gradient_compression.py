@@ -30,6 +30,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from workbench.parallel.shares import check_whole
+
 _BLOCK = 2**16  # places that 16 bits can tell apart
 
 
@@ -127,7 +129,7 @@ class LocalTraining:
             raise TypeError(
                 "expected a plain model, got a DistributedDataParallel; give its module"
             )
-        _check_whole("every", every)
+        check_whole("every", every)
         _check_range("outer_learning_rate", learning_rate, learning_rate > 0, "above 0")
         _check_range("outer_momentum", momentum, 0 <= momentum < 1, "from 0 to below 1")
         self.compressor = compressor or Uncompressed()
@@ -343,7 +345,7 @@ class Chunked(Codec):
     bits: ClassVar[int]
 
     def __post_init__(self):
-        _check_whole("chunk", self.chunk)
+        check_whole("chunk", self.chunk)
 
     def encode(self, values, generator=None):
         chunks = _chunks(values, self.chunk)  # (C, chunk)
@@ -486,7 +488,7 @@ class DeepGradient(Compressor):
     def __post_init__(self):
         _check_range("density", self.density, 0 < self.density <= 1, "above 0, to 1")
         _check_range("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 to below 1")
-        _check_whole("warm_up_steps", self.warm_up_steps, least=0)
+        check_whole("warm_up_steps", self.warm_up_steps, least=0)
 
     def average(self, gradient, parameters, exchange):
         codec = TopK(self.density_at(exchange.steps))
@@ -521,7 +523,7 @@ class PowerSGD(Compressor):
     seed: int = 0
 
     def __post_init__(self):
-        _check_whole("rank", self.rank)
+        check_whole("rank", self.rank)
 
     def average(self, gradient, parameters, exchange):
         values = gradient.float() + exchange.recall("unsent", parameters)
@@ -622,11 +624,6 @@ def _means_of_ranks(
 def _check_compressor(compressor: object) -> None:
     if not isinstance(compressor, Compressor):
         raise TypeError(f"expected a compressor, such as PowerSGD(rank=4), got {compressor!r}")
-
-
-def _check_whole(name: str, value: object, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
 
 
 def _check_range(name: str, value: float, fits: bool, limits: str) -> None:

@@ -143,8 +143,8 @@ def _collect(
     while len(results) + len(failures) < len(lines):
         if failures:
             stop_at = min(stop_at, failures[0][0] + _GRACE_S)
-        waiting = [r for r in range(len(lines)) if r not in results]
-        waiting = [r for r in waiting if r not in {rank for _, rank, _ in failures}]
+        failed = {rank for _, rank, _ in failures}
+        waiting = [r for r in range(len(lines)) if r not in results and r not in failed]
         ready = wait([lines[r] for r in waiting], max(0.0, stop_at - time.monotonic()))
         if not ready:
             break
@@ -154,7 +154,7 @@ def _collect(
                 if isinstance(answer, worker.Failure):
                     failures.append((time.monotonic(), rank, answer))
                 else:
-                    results[rank] = cloudpickle.loads(answer)
+                    results[rank] = answer
     if failures:
         _, rank, first = min(failures, key=lambda failure: failure[2].when)
         others = "" if first.error else f"\n{_stacks(processes, folder)}"
@@ -166,11 +166,10 @@ def _collect(
     return [results[rank] for rank in range(len(lines))]
 
 
-def _answer(line: Connection, process: BaseProcess) -> "bytes | worker.Failure":
-    """The result of a rank, pickled, or how it failed."""
+def _answer(line: Connection, process: BaseProcess) -> object:
+    """What a rank returned, or how it failed."""
     try:
-        kind, answer = line.recv()
-        return answer if kind == "result" else worker.Failure(*answer)
+        answer = line.recv_bytes()
     except (EOFError, OSError):
         process.join(_MERCY_S)
         code = process.exitcode
@@ -181,6 +180,7 @@ def _answer(line: Connection, process: BaseProcess) -> "bytes | worker.Failure":
         else:
             how = f"died: process {process.pid} ended with exit code {code}"
         return worker.Failure(0.0, how, None)  # before any that missed it
+    return cloudpickle.loads(answer)
 
 
 def _stacks(processes: list[BaseProcess], folder: Path) -> str:

@@ -93,10 +93,10 @@ def rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def check_whole(name: str, value: object) -> None:
-    """Refuse what is not a whole number from 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; give a whole number from 1")
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is not a whole number, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; give a whole number from {least}")
 
 
 def examples_of(split: Split) -> Dataset:

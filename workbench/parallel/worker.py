@@ -52,17 +52,16 @@ def serve(line: Connection, rank: int, group: Group) -> None:
     with _stack_on_signal(Path(group.folder)):
         try:
             function, args = cloudpickle.loads(line.recv_bytes())
-            with _member(rank, group):
-                answer = "result", cloudpickle.dumps(function(*args))
+            _join(rank, group)
+            answer = cloudpickle.dumps(function(*args))
         except BaseException as error:
-            answer = "failure", _failure(error)
-        line.send(answer)
+            answer = cloudpickle.dumps(_failure(error))
+        line.send_bytes(answer)
     with contextlib.suppress(EOFError, OSError):
         line.recv()  # others may still want what this rank has sent: stay until told to end
 
 
-@contextlib.contextmanager
-def _member(rank: int, group: Group) -> Iterator[None]:
+def _join(rank: int, group: Group) -> None:
     torch.set_num_threads(group.threads)
     if group.backend == "nccl":
         torch.cuda.set_device(rank)
@@ -75,10 +74,9 @@ def _member(rank: int, group: Group) -> Iterator[None]:
         world_size=group.world_size,
         timeout=timedelta(seconds=group.timeout),
     )
-    yield
 
 
-def _failure(error: BaseException) -> tuple:
+def _failure(error: BaseException) -> Failure:
     when = time.monotonic()
     lines = traceback.format_exception(error)
     text = "".join(line for line in lines if f'"{__file__}"' not in line)
@@ -88,7 +86,7 @@ def _failure(error: BaseException) -> tuple:
         error = None
     else:
         error.__traceback__ = None
-    return when, f"raised {text.strip()}", error
+    return Failure(when, f"raised {text.strip()}", error)
 
 
 @contextlib.contextmanager

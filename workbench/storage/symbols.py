@@ -61,9 +61,9 @@ def compress(rows: np.ndarray, dtype: torch.dtype, codec: Codec | None) -> list[
         codes = rows ^ _flip(dtype, rows.dtype) if dtype in _SIGNED else rows
         alphabet = int(codes.max(initial=0)) + 1
         return [Section("header", numbers(_BYTES, alphabet)), *codec.compress(codes, alphabet)]
-    codebook = _codebook(rows, dtype) if codec is not None else None
-    split = None
+    codebook = split = None
     if codec is not None:
+        codebook = _codebook(rows, dtype)
         least_gain = getattr(codec, "LEAST_GAIN", 0.0) if rows.size >= _MANY else 0.0
         split = _best_split(rows, dtype, least_gain)
     cheapest = min(entry[0] for entry in (codebook, split, (rows.itemsize * 8.0,)) if entry)
@@ -203,12 +203,11 @@ def _unsplit(codes, rest, rows: np.ndarray, low: int, base: int, gaps: int) -> N
     filled = int(np.count_nonzero(codes)) if gaps else codes.size
     unpack_bits(rest, low + 1, flat[:filled])
     if gaps:
-        _join_filled(codes.reshape(-1), flat, filled, low, base - 1)
-    else:
-        number = rows.dtype.type  # all numbers of as few bits as there are: many fit a register
-        sign, top = number(1 << low), number(1 << (rows.itemsize * 8 - 1 - low))
-        below = number((base - 1) % 2 ** (8 * rows.itemsize))
-        _join(codes.reshape(-1), flat, below, sign, number(sign - 1), top)
+        _spread(codes.reshape(-1), flat, filled)
+    number = rows.dtype.type  # all numbers of as few bits as there are: many fit a register
+    sign, top = number(1 << low), number(1 << (rows.itemsize * 8 - 1 - low))
+    below = number((base - 1) % 2 ** (8 * rows.itemsize))
+    _join(codes.reshape(-1), flat, below, sign, number(sign - 1), top)
 
 
 def pack_bits(numbers: np.ndarray, width: int) -> bytes:
@@ -263,27 +262,23 @@ def _take_apart(bits, codes, rest, low, below, gaps):
 
 
 @compiled
+def _spread(codes, bits, filled):
+    """Move the first ``filled`` of ``bits`` to where the codes are not 0, from the end."""
+    for i in range(codes.size - 1, -1, -1):
+        if codes[i]:
+            filled -= 1
+            bits[i] = bits[filled]
+
+
+@compiled
 def _join(codes, bits, below, sign, field, top):
-    """The inverse of `_take_apart` without gaps: ``bits`` come in as the rest.
+    """The inverse of `_take_apart`: ``bits`` come in as the rest, each at its place.
 
     Moves bits by products, not shifts, so that nothing needs more bits than it has.
     """
     for i in range(codes.size):
         code, rest = codes[i], bits[i]
         value = (code + below) * sign + (rest & field) + (rest & sign) * top
-        bits[i] = value if code else np.uint64(0)
-
-
-@compiled
-def _join_filled(codes, bits, filled, low, below):
-    """As `_join`, with gaps: the first of ``bits`` come in as the rest, and spread from the end."""
-    field, low, below = np.uint64((1 << low) - 1), np.uint64(low), np.uint64(below)
-    top = np.uint64(bits.itemsize * 8 - 1)
-    for i in range(codes.size - 1, -1, -1):
-        code = np.uint64(codes[i])
-        filled -= code != 0
-        rest = np.uint64(bits[max(filled, 0)])
-        value = (code + below) << low | rest & field | (rest >> low & np.uint64(1)) << top
         bits[i] = value if code else np.uint64(0)
 
 
