@@ -238,22 +238,30 @@ def test_sparse_symbols_take_a_bit_each():
 
 def test_an_entry_holds_as_many_symbols_as_fit():
     lengths = np.array([1, 2, 3, 3], np.uint8)
-    for itemsize, most in ((1, 4), (2, 2)):
-        entries, singles = huffman._tables(lengths, itemsize)
+    for itemsize, most in ((1, 6), (2, 3)):
+        entries, singles = huffman._tables(lengths, itemsize, 12)
         assert len(entries) == len(singles) == 2**12
         entry = int(entries[0b0_10_0_111_00000])
-        symbols = [0, 1, 0, 3][:most]
+        symbols = [0, 1, 0, 3, 0, 0][:most]
         packed = b"".join(symbol.to_bytes(itemsize, "little") for symbol in symbols)
-        assert entry & 0xFFFFFFFF == int.from_bytes(packed, "little")
-        assert entry >> 32 & 255 == 4
-        assert entry >> 40 == sum(lengths[symbols])
+        assert entry % 2**48 == int.from_bytes(packed, "little")
+        assert entry >> 48 & 255 == 6
+        assert entry >> 56 == sum(lengths[symbols])
         assert singles[0b111 << 9] == 3
-    entries, _ = huffman._tables(np.full(64, 6, np.uint8), 1)
-    assert set((entries >> 32).tolist()) == {2 | 12 << 8}  # two codes fill the window
+    entries, _ = huffman._tables(np.full(64, 6, np.uint8), 1, 12)
+    assert set((entries >> 48).tolist()) == {2 | 12 << 8}  # two codes fill the window
     longest = code_lengths(FIBONACCI, 16)
-    entries, singles = huffman._tables(longest, 1)
-    assert len(entries) == 2**16
-    assert int(entries[-1]) == int(singles[-1]) | 1 << 32 | 16 << 40
+    entries, singles = huffman._tables(longest, 1, 16)
+    assert int(entries[-1]) == int(singles[-1]) | 1 << 48 | 16 << 56
+
+
+@given(hnp.arrays(np.int64, st.integers(2, 60), elements=st.integers(1, 999)))
+def test_no_entry_has_more_symbols_than_the_first(counts):
+    lengths = code_lengths(counts, 12)
+    entries, singles = huffman._tables(lengths, 1, 12)
+    assert (entries >> 48 & 255).max() == entries[0] >> 48 & 255
+    codes = canonical_codes(lengths).astype(np.int64) << (12 - lengths.astype(np.int64))
+    assert (singles[codes] == np.arange(len(counts))).all()
 
 
 def test_one_symbol_takes_no_bits_and_nothing_takes_nothing():
@@ -282,7 +290,7 @@ class Guarded:
     """An array without negative indexes, so that Python sees what numba would not."""
 
     def __init__(self, array: np.ndarray):
-        self.array, self.size = array, array.size
+        self.array, self.size, self.max = array, array.size, array.max
 
     def __getitem__(self, at):
         if isinstance(at, slice):
@@ -300,12 +308,16 @@ class Guarded:
 
 def test_a_damaged_stream_is_never_read_or_written_past_its_ends(monkeypatch):
     monkeypatch.setattr(huffman, "_WORTH_SPLITTING", 100)
-    kernel, written = huffman._read.py_func, []
+    kernel, tables, written = huffman._read.py_func, huffman._tables, []
 
-    def guarded(data, entries, singles, lengths, places, bounds, itemsize, out):
-        arrays = [Guarded(array) for array in (data, entries, singles, lengths, places)]
-        kernel(*arrays, bounds, itemsize, Guarded(out))
+    def guarded(data, lengths, shortest_window, bounds, itemsize, out):
+        with monkeypatch.context() as patch:
+            patch.setattr(huffman, "_look", huffman._look.py_func)
+            patch.setattr(huffman, "_tables", lambda *a: map(Guarded, tables(lengths, *a[1:])))
+            arguments = shortest_window, bounds, itemsize, Guarded(out)
+            trouble = kernel(Guarded(data), Guarded(lengths), *arguments)
         written.append(out.copy())
+        return trouble
 
     rng = np.random.default_rng(0)
     for trial in range(60):
@@ -320,9 +332,9 @@ def test_a_damaged_stream_is_never_read_or_written_past_its_ends(monkeypatch):
         if trial % 4 == 2:
             damaged += rng.bytes(60)
         if trial % 4 == 3:
-            damaged = damaged[: rng.integers(12, len(damaged))]
+            damaged = damaged[: rng.integers(12, len(damaged)) if trial > 3 else 3]
         results = []
-        for reader in (guarded, kernel, huffman._read):
+        for reader in (guarded, huffman._read):
             monkeypatch.setattr(huffman, "_read", reader)
             try:
                 results.append(huffman.expand([table, bytes(damaged)], codes.shape, alphabet))
@@ -345,9 +357,9 @@ def test_damaged_sections_are_refused_by_name():
     refusals = [
         (table, values[:-1], "its codes do not end where it does"),
         (table, values + b"\0", "its codes do not end where it does"),
-        (table, values[:11], "11 bytes are too few for its codes"),
+        (table, values[:11], "its bytes are too few for its codes"),
         (table, huge * 3 + values[12:], "bytes are too few for its codes"),
-        (table, b"", "0 bytes are too few for its codes"),
+        (table, b"", "its bytes are too few for its codes"),
         (table[:-1], values, "its code table is cut short"),
         (b"", values, "its code table is cut short"),
         (one, values, "bytes of 1 symbol or none"),

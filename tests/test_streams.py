@@ -2,6 +2,7 @@ import importlib
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,15 @@ def test_any_bytes_for_a_chunk_crash_nothing(codec, data):
     except StreamError:
         return
     assert found.shape == (24, 40)
+
+
+def test_nothing_but_a_codebook_is_read_for_its_codes():
+    rows, values = np.zeros((2, 3), np.uint16), np.array([4, 5, 6], np.uint16).tobytes()
+    codec = SimpleNamespace(expand=lambda *_: np.full((2, 3), 9, np.uint8))
+    symbols.expand([numbers(1), values, b""], rows, torch.bfloat16, codec)
+    assert (rows == 6).all()
+    with pytest.raises(StreamError, match="no value in its codebook"):
+        symbols.expand([numbers(1), b"", b""], rows, torch.bfloat16, codec)
 
 
 @pytest.mark.parametrize("codec", streams.CODECS)

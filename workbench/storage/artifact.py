@@ -16,10 +16,10 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import overload
 
@@ -212,12 +212,17 @@ class Artifact(Mapping[str, Tensor]):
         threads = torch.get_num_threads()
         if threads == 1:
             return {name: self.entry(name) for name in self.file}
-        # A large tensor has chunks to be decoded side by side; small ones are so themselves.
-        large = [name for name in self.file if len(self.file[name].data) > streams.CHUNK]
-        small = [name for name in self.file if name not in set(large)]
+        # What a thread takes at a time: a chunk of a large tensor, or small ones of as many bytes.
+        size_of = {name: len(self.file[name].data) for name in self.file}
+        large = [name for name in self.file if size_of[name] > streams.CHUNK]
+        small = sorted(set(self.file) - set(large), key=lambda name: (-size_of[name], name))
+        ends = accumulate(size_of[name] for name in small)
+        batch_of = {name: end // streams.CHUNK for name, end in zip(small, ends, strict=True)}
+        batches = [list(batch) for _, batch in groupby(small, batch_of.get)]
         with ThreadPoolExecutor(threads) as pool:
+            decoded = pool.map(lambda names: [self.entry(name) for name in names], batches)
             found = {name: self.entry(name, pool) for name in large}
-            found |= zip(small, pool.map(self.entry, small), strict=True)
+            found |= zip(small, chain.from_iterable(decoded), strict=True)
         return {name: found[name] for name in self.file}
 
     def entry(self, name: str, executor: Executor | None = None) -> Entry:
@@ -266,14 +271,14 @@ _MAGICS = (streams.encode(torch.empty(0), "plain")[:3], records.MAGIC)
 
 
 def _crc(data: bytes | memoryview) -> bytes:
-    return zlib.crc32(data).to_bytes(4, "little")
+    return streams.crc32(data).to_bytes(4, "little")
 
 
 def _header_crc(head: Mapping) -> str:
     """Of all that the header says, whatever its order, but for this checksum itself."""
     version, _, rest = head[METADATA][MARK].split(" ", 2)
     said = {**head, METADATA: {**head[METADATA], MARK: f"{version} {rest}"}}
-    return f"{zlib.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
+    return f"{streams.crc32(json.dumps(said, sort_keys=True).encode()):08x}"
 
 
 def _coded(entry: Entry, codec: str, values_per_s: float) -> Held:

@@ -15,3 +15,8 @@ def compiled(function: Callable) -> Callable:
         return njit(cache=True, nogil=True)(function)
     except RuntimeError:  # numba found no folder for its cache
         return njit(nogil=True)(function)
+
+
+def inlined(function: Callable) -> Callable:
+    """A part of such loops, which is written out where it is called, before all is optimised."""
+    return njit(inline="always")(function)

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from workbench.storage import streams
-from workbench.storage.compiled import compiled
+from workbench.storage.compiled import compiled, inlined
 from workbench.storage.streams import Section, StreamError
 
 NAME = "huffman"
@@ -30,7 +30,9 @@ _STREAMS = 4
 _WORTH_SPLITTING = 2**16  # symbols from which the sizes of four streams do not matter
 _SHORTEST_WINDOW, _LONGEST_WINDOW = 12, 16  # bits: 32 KiB of table stay in the first-level cache
 _PER_LOAD = 3  # lookups from 64 bits, of which the first 7 may be used already: 3 * 16 <= 57
-_PER_ENTRY = 4  # bytes of symbols in an entry of the table
+_PER_ENTRY = 6  # bytes of symbols in an entry of the table
+# Where an entry has the bytes of its symbols, their number, and that of the bits of their codes.
+_COUNT, _USED, _BYTE = np.uint64(48), np.uint64(56), np.uint64(255)
 
 
 def encode(tensor: Tensor | np.ndarray) -> bytes:
@@ -121,8 +123,10 @@ def canonical_codes(lengths: np.ndarray) -> np.ndarray:
     ['0', '10', '', '110', '111']
     """
     lengths = np.asarray(lengths, np.int64)
-    order, spans = _spans(lengths)
+    symbols = np.flatnonzero(lengths)
+    order = symbols[np.argsort(lengths[symbols], kind="stable")]
     longest = int(lengths.max(initial=0))
+    spans = 1 << (longest - lengths[order])  # how many of the longest codes each takes
     if spans.sum() > 1 << longest:
         raise ValueError(f"no code has these lengths: they take {spans.sum() / 2**longest} of 1")
     codes = np.zeros(len(lengths), np.int64)
@@ -161,30 +165,18 @@ def expand(sections: list[bytes], shape: tuple[int, int], alphabet: int) -> np.n
     """
     table, values = sections
     lengths = unpack_lengths(table, alphabet)
-    symbols = np.flatnonzero(lengths)
     out = np.empty(shape, np.uint8 if alphabet <= 256 else np.uint16)
-    if len(symbols) < 2:
-        if len(values) or (out.size and not len(symbols)):
+    if np.count_nonzero(lengths) < 2:
+        if len(values) or (out.size and not lengths.any()):
             raise StreamError(f"the stream is damaged: {len(values)} bytes of 1 symbol or none")
-        out[...] = symbols[0] if out.size else 0
+        out[...] = lengths.argmax()
         return out
-    bounds = _bounds(out.size)
-    first = 4 * (len(bounds) - 2)  # where the streams begin
-    data = np.frombuffer(values, np.uint8)
-    if len(data) < first:
-        raise StreamError(f"the stream is damaged: {len(data)} bytes are too few for its codes")
-    sizes = data[:first].view("<u4").astype(np.int64)
-    data = data[first:]
-    ends = np.cumsum([0, *sizes, len(data) - sizes.sum()])
-    if ends[-2] > ends[-1]:
-        raise StreamError(f"the stream is damaged: {len(data)} bytes are too few for its codes")
     shortest_window = min(_SHORTEST_WINDOW, out.size.bit_length() - 4)  # of few codes, few looks
-    entries, singles = _tables(lengths, out.itemsize, shortest_window)
-    raw = out.reshape(-1).view(np.uint8)
-    places = 8 * ends[:-1]
-    _read(data, entries, singles, lengths, places, bounds * out.itemsize, out.itemsize, raw)
-    if ((places + 7) // 8 != ends[1:]).any():
-        raise StreamError("the stream is damaged: its codes do not end where it does")
+    bounds, raw = _bounds(out.size) * out.itemsize, out.reshape(-1).view(np.uint8)
+    data = np.frombuffer(values, np.uint8)
+    trouble = _read(data, lengths, shortest_window, bounds, out.itemsize, raw)
+    if trouble:
+        raise StreamError(f"the stream is damaged: {_TROUBLES[trouble]}")
     return out
 
 
@@ -238,6 +230,7 @@ def unpack_lengths(table: bytes | memoryview, alphabet: int) -> np.ndarray:
 _TROUBLES = (
     "", "its code table is cut short", "no code of so many symbols",
     "the length of a code is out of range", "its code is not complete",
+    "its bytes are too few for its codes", "its codes do not end where it does",
 )  # fmt: skip
 
 
@@ -255,53 +248,6 @@ def _bounds(count: int) -> np.ndarray:
     """Where the symbols of each stream begin, and where the last ends."""
     parts = _STREAMS if count >= _WORTH_SPLITTING else 1
     return np.arange(parts + 1) * int(count) // parts
-
-
-def _spans(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The symbols in the order of their codes, and how many of the longest codes each takes."""
-    symbols = np.flatnonzero(lengths)
-    order = symbols[np.argsort(lengths[symbols], kind="stable")]
-    longest = int(lengths.max(initial=0))
-    return order, 1 << (longest - lengths[order].astype(np.int64))
-
-
-def _tables(
-    lengths: np.ndarray, itemsize: int, shortest_window: int = _SHORTEST_WINDOW
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the next bits of a stream stand for, for each value that they can have.
-
-    Returns:
-        (2**window,) entries: the symbols of all whole codes among these bits, at most `_PER_ENTRY`
-        bytes of them; from bit 32, how many bytes; from bit 40, how many bits their codes take.
-        (2**window,) the first symbol alone.
-    """
-    order, spans = _spans(lengths)
-    window = max(shortest_window, int(lengths.max()))
-    singles = np.repeat(order, (spans << window) // spans.sum()).astype(np.uint16)
-    entries = np.empty(2**window, np.uint64)
-    _join_codes(singles, lengths, itemsize, window, entries)
-    return entries, singles
-
-
-# numba makes float64 of int64 and uint64 together: here what is shifted is uint64, what counts is
-# int64. It looks for negative indexes, except in unsigned ones: these make `_read` twice as fast.
-
-
-@compiled
-def _join_codes(singles, lengths, itemsize, window, entries):  # pragma: no cover
-    """Fill the entries of `_tables`: after the first code among the bits, those that fit."""
-    mask = entries.size - 1
-    for bits in range(entries.size):
-        symbols, used, place = 0, 0, 0
-        while place < _PER_ENTRY:
-            symbol = np.int64(singles[bits << used & mask])
-            length = np.int64(lengths[symbol])
-            if used + length > window:
-                break
-            symbols |= symbol << (8 * place)
-            used += length
-            place += itemsize
-        entries[bits] = symbols | place << 32 | used << 40
 
 
 @compiled
@@ -376,46 +322,54 @@ def _write(codes, entries, out, place):  # pragma: no cover
 
 
 @compiled
-def _read(data, entries, singles, lengths, places, bounds, itemsize, out):  # pragma: no cover
-    """Read all streams, in turn; ``places``, the bit of ``data`` where each begins, move on.
+def _read(data, lengths, shortest_window, bounds, itemsize, out):  # pragma: no cover
+    """Read all streams side by side into ``out``; gives which of `_TROUBLES` there is.
 
     Whatever the data: reads none of it past its end, and writes no byte of ``out`` past its bounds.
     """
-    window = 0
-    while 1 << window < entries.size:
-        window += 1
+    count = bounds.size - 1  # of streams
+    ends = np.full(count + 1, data.size)  # where they begin, and where the last ends
+    ends[0] = 4 * (count - 1)
+    if ends[0] > data.size:
+        return 5
+    for s in range(count - 1):
+        size = 0
+        for i in range(4):
+            size |= np.int64(data[4 * s + i]) << 8 * i
+        ends[s + 1] = ends[s] + size
+        if ends[s + 1] > data.size:
+            return 5
+    window = max(shortest_window, np.int64(lengths.max()))
+    entries, singles = _tables(lengths, itemsize, window)
     drop = np.uint64(64 - window)
-    most = np.int64(0)
-    for entry in entries:
-        most = max(most, np.int64(entry >> np.uint64(32) & np.uint64(255)))
-    done = bounds[:-1].copy()
+    most = np.int64(entries[0] >> _COUNT & _BYTE)  # of all: the shortest code is the one of zeros
+    places, done = 8 * ends[:-1], bounds[:-1].copy()
     while True:
         # As many rounds as are safe whatever is read: then nothing is checked within them.
         rounds = np.int64(out.size)
-        for s in range(places.size):
-            whole = (bounds[s + 1] - done[s] - _PER_ENTRY) // (_PER_LOAD * most)
+        for s in range(count):
+            whole = (bounds[s + 1] - done[s] - 8) // (_PER_LOAD * most)
             loads = (8 * (data.size - 8) - places[s]) // (_PER_LOAD * window)
             rounds = min(rounds, whole, loads)
         if rounds <= 0:
             break
-        for _ in range(rounds):
-            for s in range(places.size):
-                place, at = places[s], done[s]
-                byte = place >> 3
-                bits = np.uint64(0)
-                for i in range(8):
-                    bits = bits << np.uint64(8) | np.uint64(data[np.uint64(byte + i)])
-                bits <<= np.uint64(place & 7)
-                for _ in range(_PER_LOAD):
-                    entry = entries[bits >> drop]
-                    for i in range(_PER_ENTRY):
-                        out[np.uint64(at + i)] = entry >> np.uint64(8 * i)
-                    at += np.int64(entry >> np.uint64(32) & np.uint64(255))
-                    used = entry >> np.uint64(40)
-                    bits <<= used
-                    place += np.int64(used)
-                places[s], done[s] = place, at
-    for s in range(places.size):  # the rest one by one, with zeros after the end
+        place0, at0 = np.uint64(places[0]), np.uint64(done[0])
+        if count == 1:
+            for _ in range(rounds):
+                place0, at0 = _look(data, entries, drop, place0, at0, out)
+        else:  # four, each in variables of its own, which registers can hold
+            place1, at1 = np.uint64(places[1]), np.uint64(done[1])
+            place2, at2 = np.uint64(places[2]), np.uint64(done[2])
+            place3, at3 = np.uint64(places[3]), np.uint64(done[3])
+            for _ in range(rounds):
+                place0, at0 = _look(data, entries, drop, place0, at0, out)
+                place1, at1 = _look(data, entries, drop, place1, at1, out)
+                place2, at2 = _look(data, entries, drop, place2, at2, out)
+                place3, at3 = _look(data, entries, drop, place3, at3, out)
+            places[1], places[2], places[3] = place1, place2, place3
+            done[1], done[2], done[3] = at1, at2, at3
+        places[0], done[0] = place0, at0
+    for s in range(count):  # the rest one by one, with zeros after the end
         place = places[s]
         for at in range(done[s], bounds[s + 1], itemsize):
             bits = 0
@@ -425,4 +379,58 @@ def _read(data, entries, singles, lengths, places, bounds, itemsize, out):  # pr
             for i in range(itemsize):
                 out[at + i] = symbol >> 8 * i
             place += lengths[symbol]
-        places[s] = place
+        if (place + 7) >> 3 != ends[s + 1]:
+            return 6
+    return 0
+
+
+@compiled
+def _tables(lengths, itemsize, window):  # pragma: no cover
+    """What the next bits of a stream stand for, for each value that a window of them can have.
+
+    Returns:
+        (2**window,) entries: the symbols of all whole codes among these bits, at most `_PER_ENTRY`
+        bytes of them; from bit 48, how many bytes; from bit 56, how many bits their codes take.
+        (2**window,) the first symbol alone.
+    """
+    singles, entries = np.empty(1 << window, np.uint16), np.empty(1 << window, np.uint64)
+    start, mask = 0, (1 << window) - 1
+    for length in range(1, window + 1):
+        for symbol in range(lengths.size):
+            if lengths[symbol] == length:
+                stop = start + (1 << window - length)
+                singles[start:stop] = symbol
+                start = stop
+    for bits in range(entries.size):
+        symbols, used, place = 0, 0, 0
+        while place < _PER_ENTRY:
+            symbol = np.int64(singles[bits << used & mask])
+            length = np.int64(lengths[symbol])
+            if used + length > window:
+                break
+            symbols |= symbol << (8 * place)
+            used += length
+            place += itemsize
+        entries[bits] = symbols | place << 48 | used << 56
+    return entries, singles
+
+
+# numba makes float64 of int64 and uint64 together: here what is shifted is uint64, what counts is
+# int64. It looks for negative indexes, except in unsigned ones: these make `_read` twice as fast.
+
+
+@inlined
+def _look(data, entries, drop, place, at, out):  # pragma: no cover
+    """Read from the bit at ``place``, write to the byte at ``at``; gives where both go on."""
+    byte, bits = place >> np.uint64(3), np.uint64(0)
+    for i in range(8):
+        bits = bits << np.uint64(8) | np.uint64(data[byte + np.uint64(i)])
+    bits <<= place & np.uint64(7)
+    for _ in range(_PER_LOAD):
+        entry = entries[bits >> drop]
+        for i in range(8):  # those after its symbols are written over
+            out[at + np.uint64(i)] = entry >> np.uint64(8 * i)
+        at += entry >> _COUNT & _BYTE
+        bits <<= entry >> _USED
+        place += entry >> _USED
+    return place, at

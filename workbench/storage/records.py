@@ -9,7 +9,6 @@ stream of `workbench.storage.streams`, dtype and dimensions: small tensors stand
 
 import itertools
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def encode(module: nn.Module, code: Callable[[Tensor], bytes]) -> bytes:
             parts.append(bare)
     text = numbers(*head)
     body = numbers(len(text)) + text + b"".join(parts)
-    return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+    return MAGIC + streams.crc32(body).to_bytes(4, "little") + body
 
 
 def decode(data: memoryview, *, executor: Executor | None = None) -> nn.Module:
@@ -124,7 +123,7 @@ def read(data: memoryview) -> Record:
     """
     if len(data) < _CHECKED or data[:3] != MAGIC:
         raise StreamError(f"no computed weight: {len(data)} bytes that begin {bytes(data[:3])!r}")
-    if zlib.crc32(data[_CHECKED:]) != int.from_bytes(data[3:_CHECKED], "little"):
+    if streams.crc32(data[_CHECKED:]) != int.from_bytes(data[3:_CHECKED], "little"):
         raise StreamError("the record is cut short or altered: its checksum does not match")
     try:
         start = _CHECKED + 1

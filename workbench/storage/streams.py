@@ -18,7 +18,6 @@ A codec is a module with two functions on the symbols of a chunk, which
 
 import importlib
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from zlib_ng.zlib_ng import crc32  # that of zlib, several times as fast
 
 Kind = Literal["values", "positions", "codebook", "code table", "scales", "header"]
 KINDS: tuple[Kind, ...] = ("values", "positions", "codebook", "code table", "scales", "header")
@@ -107,7 +107,7 @@ def encode(tensor: Tensor | np.ndarray, codec: str) -> bytes:
             chunk += bytes([KINDS.index(kind)]) + _varint(len(data)) + data
         body += _varint(len(chunk)) + chunk
     fixed = _MAGIC + bytes([_VERSION, CODECS.index(codec), _DTYPES.index(tensor.dtype)])
-    checksum = zlib.crc32(body, zlib.crc32(fixed))
+    checksum = crc32(body, crc32(fixed))
     return fixed + checksum.to_bytes(4, "little") + bytes(body)
 
 
@@ -169,9 +169,9 @@ def header(stream: bytes | memoryview, *, release: Callable[[], None] | None = N
     if version != _VERSION:
         raise StreamError(f"the stream has version {version}; this workbench reads {_VERSION}")
     expected = int.from_bytes(view[5:_FIXED], "little")
-    checksum = zlib.crc32(view[:5])
+    checksum = crc32(view[:5])
     for start in range(_FIXED, view.nbytes, _PIECE):
-        checksum = zlib.crc32(view[start : start + _PIECE], checksum)
+        checksum = crc32(view[start : start + _PIECE], checksum)
         if release:
             release()
     if checksum != expected:

@@ -102,8 +102,10 @@ def expand(
             rows ^= _flip(dtype, rows.dtype)
     elif form == _CODEBOOK and codec:
         values = np.frombuffer(sections[1], rows.dtype)
+        if not len(values):
+            raise StreamError("the stream is damaged: no value in its codebook")
         codes = codec.expand(sections[2:], rows.shape, len(values))
-        np.take(values, codes, out=rows, mode="clip")  # none is to be clipped: this saves a copy
+        _look_up(values, codes.reshape(-1), rows.reshape(-1))
     elif form == _FLOAT and codec and dtype in _MANTISSA:
         kept, base, alphabet, gaps = settings
         if kept > _MOST_KEPT or gaps > 1:
@@ -259,6 +261,14 @@ def _take_apart(bits, codes, rest, low, below, gaps):
         rest[filled] = (value & field) | (value >> np.uint64(size - 1)) << np.uint64(low)
         filled += not (gaps and value == 0)
     return filled
+
+
+@compiled
+def _look_up(values, codes, bits):
+    """The value of each code, the last of codes that no codebook has."""
+    last = np.uint64(values.size - 1)
+    for i in range(np.uint64(codes.size)):
+        bits[i] = values[min(np.uint64(codes[i]), last)]
 
 
 @compiled
