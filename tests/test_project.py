@@ -35,8 +35,12 @@ def project() -> dict:
 
 
 def direct() -> dict[str, str]:
-    """What `make lab` and `make test` need, from pyproject.toml."""
-    return pins(project()["dependencies"] + project()["optional-dependencies"]["test"])
+    """What `make lab` and `make test` need, from pyproject.toml: the extra [test] names others."""
+    extras = project()["optional-dependencies"]
+    lines = project()["dependencies"] + extras["test"]
+    own = [line for line in lines if line.startswith("workbench[")]
+    names = [name for line in own for name in line[len("workbench[") : -1].split(",")]
+    return pins([line for line in lines if line not in own] + sum(map(extras.get, names), []))
 
 
 def locked() -> dict[str, str]:
