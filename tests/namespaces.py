@@ -89,7 +89,7 @@ def two_hosts(rate_mbit_s: float | None = None) -> Iterator[Hosts]:
             for interface in ("lo", end):
                 _ip("-n", name, "link", "set", interface, "up")
             if rate_mbit_s is not None:
-                limit = ["rate", f"{rate_mbit_s}mbit", "burst", "64kb", "latency", "500ms"]
+                limit = ["rate", f"{rate_mbit_s}mbit", "burst", "64kb", "latency", "100ms"]
                 _call("tc", "-n", name, "qdisc", "add", "dev", end, "root", "tbf", *limit)
         yield hosts
 

@@ -1,8 +1,12 @@
 """Branches run side by side must give the bits of the sequential model, or be refused by name."""
 
 import copy
+import ctypes
 import os
+import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -504,6 +508,24 @@ def test_threads_are_shared_out_and_given_back(threads):
     assert notes["first"][1] == notes["second"][1] == max(1, threads // 2)
 
 
+def test_threads_that_wait_for_operations_leave_their_cores_to_branches():
+    tasks = Path("/proc/self/task")
+    if not tasks.exists() or not hasattr(ctypes.CDLL(None), "omp_pause_resource_all"):
+        pytest.skip("needs the list of threads of Linux, and OpenMP 5")
+    side = parallelize_branches(Towers(), x := torch.randn(8, 32), **SMALL)
+    side(x)
+    torch.set_num_threads(2)
+    before = set(tasks.iterdir())
+    torch.zeros(1_000_000).relu()
+    (waiting,) = set(tasks.iterdir()) - before
+    side(x)
+    stop_at = time.monotonic() + 10
+    while waiting.exists() and time.monotonic() < stop_at:
+        time.sleep(0.01)
+    assert not waiting.exists()
+    assert torch.ones(1_000_000).relu().sum() == 1_000_000  # new ones are there when needed
+
+
 def test_backward_runs_on_the_threads_as_well():
     x = torch.randn(8, 32)
     side = parallelize_branches(Towers(), x, **SMALL)
@@ -645,6 +667,28 @@ def test_streams_give_the_same_values():
 def test_a_forked_process_gets_threads_of_its_own():
     assert graph_parallel._pool(1, os.getpid()) is graph_parallel._pool(1, os.getpid())
     assert graph_parallel._pool(1, os.getpid()) is not graph_parallel._pool(1, -1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    side = parallelize_branches(Towers(), x := torch.randn(8, 32), **SMALL)
+    torch.set_num_threads(2)
+    torch.zeros(1_000_000).relu()
+    child = os.fork()
+    if not child:
+        try:
+            torch.set_num_threads(1)  # an operation on two would wait for ever in any program
+            side(x)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    stop_at = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < stop_at:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_the_picture_shows_who_does_what():

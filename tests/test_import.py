@@ -41,7 +41,8 @@ def test_unknown_room_is_an_attribute_error():
 
 
 # Arrows point one way: explore -> measure -> compress, storage, transfer, deploy, parallel -> data,
-# models, training. Storage takes apart what compress made; transfer looks into files of storage.
+# models, training. Storage takes apart what compress made; transfer looks into files of storage;
+# deploy opens what transfer sealed.
 BENCH = {"data", "models", "training"}
 ALLOWED = {
     "data": set(),
@@ -50,7 +51,7 @@ ALLOWED = {
     "compress": BENCH | {"compress"},
     "storage": BENCH | {"compress", "storage"},
     "transfer": BENCH | {"storage", "transfer"},
-    "deploy": BENCH | {"compress", "deploy"},
+    "deploy": BENCH | {"compress", "transfer", "deploy"},
     "parallel": BENCH | {"parallel"},
 }
 ALLOWED["measure"] = {*ALLOWED, "measure"}

@@ -1,6 +1,7 @@
 """`parallel.run`: several processes for one function, and none of them left, whatever happens."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import psutil
 import pytest
@@ -61,6 +63,15 @@ def test_each_rank_has_the_threads_asked_for_and_a_process_of_its_own():
     found = run(lambda: (torch.get_num_threads(), os.getpid()), threads=3)
     assert [threads for threads, _ in found] == [3, 3]
     assert len({pid for _, pid in found} | {os.getpid()}) == 3
+
+
+def test_a_warning_names_the_rank_and_no_file():
+    def warn():
+        with contextlib.redirect_stderr(io.StringIO()) as written:
+            warnings.warn("slow link", UserWarning, stacklevel=1)
+        return written.getvalue()
+
+    assert run(warn) == [f"rank {rank}: UserWarning: slow link\n" for rank in range(2)]
 
 
 def test_an_exception_comes_back_with_its_rank_and_traceback():

@@ -350,6 +350,17 @@ def test_ranked_has_the_best_at_the_top(higher, top):
     assert len(axes.collections) == 2  # one bar for each interval
 
 
+def test_ranked_is_told_of_other_values_which_is_the_best():
+    frame = pd.DataFrame({"file": ["a", "b"], "seconds": [2.0, 1.0]})
+    for lower, top in ((True, "b"), (False, "a")):
+        axes = plots.ranked(frame, "file", value="seconds", lower_is_better=lower).axes[0]
+        assert axes.get_yticklabels()[-1].get_text() == top
+    axes = plots.ranked(frame.assign(higher_is_better=False), "file", value="seconds").axes[0]
+    assert axes.get_yticklabels()[-1].get_text() == "b"
+    with pytest.raises(ValueError, match="lower_is_better=True or False: which 'seconds'"):
+        plots.ranked(frame, "file", value="seconds")
+
+
 def test_ranked_points_out_one_row():
     frame = pd.DataFrame({"order": ["a", "b", "c"], "score": [0.9, 0.8, 0.7]})
     lines = plots.ranked(frame, "order", mark="b").axes[0].lines

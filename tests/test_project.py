@@ -40,7 +40,8 @@ def direct() -> dict[str, str]:
     lines = project()["dependencies"] + extras["test"]
     own = [line for line in lines if line.startswith("workbench[")]
     names = [name for line in own for name in line[len("workbench[") : -1].split(",")]
-    return pins([line for line in lines if line not in own] + sum(map(extras.get, names), []))
+    more = [line for name in names for line in extras[name]]
+    return pins([line for line in lines if line not in own] + more)
 
 
 def locked() -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from workbench import compress, data, deploy, models
 from workbench.compress.computed import MaskedWeight
+from workbench.deploy import runtimes
 
 BATCH = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
@@ -18,11 +19,17 @@ BATCH = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 def test_every_runtime_gives_the_answers_of_the_model():
     model, inputs = two_inputs()
     expected = model(*inputs)
-    for runtime in deploy.RUNTIMES:
+    for runtime in runtimes.installed():
         predictor = deploy.prepare(model, runtime, example_input=inputs)
         assert torch.allclose(predictor(*inputs), expected, atol=1e-5), runtime
         assert (predictor.runtime, predictor.simulated) == (runtime, False)
         assert not predictor(*inputs).requires_grad
+
+
+openvino = pytest.param(
+    "openvino",
+    marks=pytest.mark.skipif("openvino" not in runtimes.installed(), reason="needs OpenVINO"),
+)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "compiled"])
@@ -61,6 +68,17 @@ def test_a_resnet_runs_on_int8_convolutions_throughout():
     assert predictor.operations["QLinearConv"] == 9
     assert predictor.operations["QLinearAdd"] == 3
     assert predictor.operations["Conv"] == 0
+
+
+def test_openvino_runs_our_int8_on_its_own_kernels():
+    pytest.importorskip("openvino")
+    small = compress.quantize_static(models.build("resnet-8"), [BATCH])
+    predictor = deploy.prepare(small, "openvino", example_input=(BATCH,))
+    assert predictor.operations["Convolution u8"] == 9
+    assert predictor.operations["Convolution f32"] == 0
+    assert predictor.int8_kernels == 10
+    assert not predictor.simulated
+    assert torch.allclose(predictor(BATCH), small(BATCH), atol=0.05)
 
 
 def test_dynamic_int8_runs_on_int8_kernels():
@@ -107,10 +125,16 @@ def test_eager_int8_and_few_bits_are_called_simulated():
     assert torch.allclose(lowered(BATCH), four(BATCH), atol=1e-5)
 
 
-def test_any_batch_size_after_export():
-    predictor = deploy.prepare(models.build("lenet-5"), "onnxruntime", example_input=(BATCH[:1],))
-    for size in (1, 3, 16):
-        assert predictor(BATCH[:size]).shape == (size, 10)
+@pytest.mark.parametrize("runtime", ["onnxruntime", openvino])
+def test_any_batch_size_after_export(runtime):
+    model = models.build("lenet-5")
+    predictor = deploy.prepare(model, runtime, example_input=(BATCH[:1],))
+    for size in (1, 3, 16, 3):
+        answers = predictor(BATCH[:size])
+        assert torch.allclose(answers, model(BATCH[:size]), atol=1e-5)
+    kept = predictor(BATCH[:3])
+    predictor(BATCH[3:6])
+    assert torch.equal(kept, predictor(BATCH[:3]))
 
 
 def test_a_callable_is_a_predictor_without_artifact(tmp_path):
@@ -175,10 +199,48 @@ def test_refusals_say_what_to_do(candidate, runtime, device, error, message):
         deploy.prepare(candidate, runtime, example_input=(BATCH,), device=device)
 
 
-def test_a_wrong_input_shape_is_named():
-    predictor = deploy.prepare(models.build("lenet-5"), "onnxruntime", example_input=(BATCH,))
-    with pytest.raises(ValueError, match=r"\(16, 1, 27, 28\).*takes.*'batch', 1, 28, 28"):
+@pytest.mark.parametrize("runtime", ["onnxruntime", openvino])
+def test_a_wrong_input_shape_is_named(runtime):
+    predictor = deploy.prepare(models.build("resnet-8"), runtime, example_input=(BATCH,))
+    with pytest.raises(ValueError, match=r"\(16, 1, 27, 28\).*takes.*\(-1, 1, 28, 28\)"):
         predictor(BATCH[:, :, 1:])
+
+
+def test_openvino_computes_a_dynamic_model_in_int8():
+    pytest.importorskip("openvino")
+    model = models.build("lenet-300-100").eval()
+    small = compress.quantize_dynamic(model)
+    predictor = deploy.prepare(small, "openvino", example_input=(BATCH,))
+    assert predictor.int8_kernels == 2
+    assert torch.allclose(predictor(BATCH), small(BATCH), atol=0.02)
+    plain = deploy.prepare(model, "openvino", example_input=(BATCH,))
+    assert len(predictor.artifact) < 0.3 * len(plain.artifact)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", openvino])
+def test_a_saved_file_is_loaded_again(runtime, tmp_path):
+    model, inputs = two_inputs()
+    predictor = deploy.prepare(model, runtime, example_input=inputs)
+    path = tmp_path / f"model{predictor.suffix}"
+    predictor.save(path)
+    for source in (path, str(path), path.read_bytes()):
+        again = runtimes.load(source, threads=2)
+        assert torch.allclose(again(*inputs), predictor(*inputs), atol=1e-6)
+        assert (again.runtime, again.model, again.simulated) == (runtime, None, False)
+        assert again.artifact == predictor.artifact
+
+
+def test_a_runtime_that_is_not_installed_is_left_out(monkeypatch):
+    find = runtimes.importlib.util.find_spec
+    monkeypatch.setattr(
+        runtimes.importlib.util,
+        "find_spec",
+        lambda name: None if name == "openvino" else find(name),
+    )
+    assert runtimes.installed() == ("eager", "compiled", "onnxruntime")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[openvino\]"'):
+        deploy.prepare(nn.Linear(2, 2), "openvino", example_input=(torch.rand(1, 2),))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

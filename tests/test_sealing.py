@@ -512,3 +512,13 @@ def test_a_model_that_is_split_signed_and_fetched_is_verified(tmp_path, keys, mo
     transfer.sign(folder, private_key=keys.private)
     transfer.fetch(folder, tmp_path / "in", progress=False)
     transfer.verify_signature(tmp_path / "in", public_key=keys.public)
+
+
+@settings(max_examples=30)
+@given(st.binary(max_size=2 * SEGMENT))
+def test_in_memory_it_is_the_same(tmp_path_factory, data):
+    path = sealed(tmp_path_factory.mktemp("memory"), data)
+    opened = transfer.unseal_bytes(path.read_bytes(), key=KEY, name="lenet", version="1")
+    assert opened == data
+    with pytest.raises(IntegrityError, match="the data cannot be opened as 'lenet', version '2'"):
+        transfer.unseal_bytes(path.read_bytes(), key=KEY, name="lenet", version="2")

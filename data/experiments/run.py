@@ -6,20 +6,25 @@ their own. What is chosen is chosen on the validation split; scores are those of
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
 import math
+import os
 import platform
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import requests
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,7 +37,12 @@ from workbench.compress.distillation import divergence
 from workbench.compress.layers import layers_of
 from workbench.compress.recipe import Distill, Prune, QuantizeWeights, Recipe, ShareWeights
 from workbench.data import Split, Task
+from workbench.deploy import exporting, runtimes
+from workbench.deploy.runtimes import prepare
+from workbench.deploy.server import serve
 from workbench.measure.accuracy import paired_p_value
+from workbench.measure.robustness import under_attack
+from workbench.measure.selection import best
 from workbench.parallel import gradient_compression as gc
 from workbench.parallel import pipeline_parallel as pp
 from workbench.storage import run_length
@@ -522,6 +532,7 @@ STEPS, EVERY = 400, 50
 COMPRESSORS: dict[str, gc.Compressor] = {
     "none": gc.Uncompressed(),
     "fp16": gc.Cast("float16"),
+    "bf16": gc.Cast("bfloat16"),
     "int8": gc.Int8(),
     "ternary": gc.Ternary(),
     "sign": gc.Sign(),
@@ -578,15 +589,17 @@ def trained_by_two(method: str, optimizer: Callable, seed: int) -> dict:
     }
 
 
-def exchanging(method: str, model: nn.Module, optimizer: Callable) -> tuple:
+def exchanging(method: str, model: nn.Module, optimizer: Callable, **changes) -> tuple:
     """The model to call, whose ``step`` to call, and whose ``report`` has the bytes."""
     if method in LOCAL:
         local = LOCAL[method](model, optimizer(model.parameters()))
         return model, local, local
-    if isinstance(COMPRESSORS[method], gc.DeepGradient):  # has the momentum in it
+    compressor = COMPRESSORS[method]
+    if isinstance(compressor, gc.DeepGradient):  # has the momentum in it
+        compressor = replace(compressor, **changes)
         optimizer = partial(torch.optim.SGD, lr=optimizer.keywords["lr"])
     wrapped = DistributedDataParallel(model, bucket_cap_mb=25)
-    wire = gc.compress_gradients(wrapped, COMPRESSORS[method])
+    wire = gc.compress_gradients(wrapped, compressor)
     return wrapped, optimizer(model.parameters()), wire
 
 
@@ -594,25 +607,58 @@ def slow_link() -> Iterator[dict]:
     """Time and bytes of a training step of two hosts, at 100 Mbit/s and without a limit, and alone.
 
     The hosts are network namespaces on one machine: needs root, and ``ip`` and ``tc`` (iproute2).
-    Bytes on the wire are those of the interface's counter. "DDP" has no hook at all; "alone" is one
-    process that compresses and decompresses, and has nobody to send to.
+    Bytes on the wire are those of the interface's counter. "DDP" has no hook at all; "alone" are
+    two processes side by side that compress and decompress, and have nobody to send to. "send"
+    sends so many bytes to the other host and nothing else: what the link does.
     """
     sys.path.append(str(data.folder().parent / "tests"))
     import namespaces
 
-    methods = ("none", "fp16", "int8", "top-k 1 %", "PowerSGD rank 4", "local SGD", "DiLoCo")
     links = {"100 Mbit/s": 100, "no limit": None}
-    for method in ("DDP", *methods):
+    for link, rate_mbit_s in links.items():
+        with namespaces.two_hosts(rate_mbit_s) as hosts:
+            for row in hosts.run(sending)[0]:
+                yield {"link": link, "method": "send"} | row
+    compressors = [name for name in COMPRESSORS if not name.endswith("forgetful")]
+    for method in ("DDP", *compressors, *LOCAL):
         for link, rate_mbit_s in links.items():
             with namespaces.two_hosts(rate_mbit_s) as hosts:
                 rows = hosts.run(timed, method, hosts.sent_bytes)
             yield {"link": link, "method": method} | rows[0]
-        rows = parallel.run(timed, method, world_size=1)
-        yield {"link": "alone", "method": method} | rows[0]
+        yield {"link": "alone", "method": method} | parallel.run(timed_alone, method)[0]
+
+
+def sending() -> list[dict]:
+    """Seconds for a message to reach the other rank: half of there and back, the best of five."""
+    rows = []
+    for size in (1_000, 2_000_000, 4_000_000, 8_000_000):
+        message, seconds = torch.zeros(size, dtype=torch.uint8), []
+        for _ in range(6):
+            dist.barrier()
+            start = time.perf_counter()
+            for sender in (0, 1):
+                if dist.get_rank() == sender:
+                    dist.send(message, 1 - sender)
+                else:
+                    dist.recv(message, sender)
+            seconds.append((time.perf_counter() - start) / 2)
+        rows.append({"bytes_per_step": size, "step_seconds": min(seconds[1:])})
+    return rows
+
+
+def timed_alone(method: str) -> dict:
+    """`timed` of two ranks that share the machine, but each with a process group of its own."""
+    dist.barrier()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return timed(method)
 
 
 def timed(method: str, wire_bytes: Callable[[int], int] = lambda rank: 0) -> dict:
-    """Seconds and bytes of one rank for a step of a wide network, on 32 images."""
+    """Seconds and bytes of one rank for a step of a wide network, on 32 images.
+
+    The seconds are of the step, or period of local training, that other programs disturbed least.
+    """
     rank = dist.get_rank()
     torch.manual_seed(rank)
     model, images = models.build("mlp-wide"), torch.rand(32, 1, 28, 28)
@@ -621,25 +667,28 @@ def timed(method: str, wire_bytes: Callable[[int], int] = lambda rank: 0) -> dic
         trained = DistributedDataParallel(model, bucket_cap_mb=25)
         stepper, wire = optimizer(model.parameters()), None
     else:
-        trained, stepper, wire = exchanging(method, model, optimizer)
+        trained, stepper, wire = exchanging(method, model, optimizer, warm_up_steps=0)
 
     def step() -> None:
         trained.zero_grad()
         nn.functional.cross_entropy(trained(images), labels).backward()
         stepper.step()
 
-    for _ in range(2):  # DDP arranges its buckets anew
+    period, rounds = (EVERY, 4) if method in LOCAL else (1, 12)  # one exchange in each period
+    for _ in range(2 * period):  # DDP arranges its buckets anew
         step()
-    steps = EVERY if method in LOCAL else 4  # among EVERY steps there is one exchange
     dist.barrier()
     counted = wire.report().sent_bytes if wire else math.nan
-    before, start = wire_bytes(rank), time.perf_counter()
-    for _ in range(steps):
-        step()
+    before, seconds = wire_bytes(rank), []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(period):
+            step()
+        seconds.append((time.perf_counter() - start) / period)
     dist.barrier()
-    seconds, on_wire = time.perf_counter() - start, wire_bytes(rank) - before
+    steps, on_wire = rounds * period, wire_bytes(rank) - before
     counted = wire.report().sent_bytes - counted if wire else math.nan
-    columns = {"network": "mlp-wide", "steps": steps, "step_seconds": seconds / steps}
+    columns = {"network": "mlp-wide", "steps": steps, "step_seconds": min(seconds)}
     return columns | {"bytes_per_step": counted / steps, "wire_bytes_per_step": on_wire / steps}
 
 
@@ -678,6 +727,253 @@ def paused(pauses: list[nn.Module], schedule: str, microbatches: int) -> pd.Data
     return min(traces, key=pp.bubble)
 
 
+EPSILONS = (0.0, 0.005, 0.01, 0.02, 0.05)  # of the range of a pixel
+
+
+def attacks() -> Iterator[dict]:
+    """Accuracy of a network and of compressed ones on images that were changed to fool them."""
+    task = data.fashion_mnist()
+    dense = models.pretrained("resnet-8")
+    pruned = compress.prune(dense, sparsity=0.8)
+    part = smaller(task, 20_000, seed=0)
+    training.fit(pruned, part, optimizer=partial(SGD, lr=0.02), precision="mixed", progress=False)
+    candidates = {
+        "float32": dense,
+        "int8": compress.quantize_static(dense, task),
+        "80 % pruned": pruned,
+    }
+    found = under_attack(task, candidates, epsilons=EPSILONS, progress=False)
+    yield from found.to_dict("records")
+
+
+def extraction() -> Iterator[dict]:
+    """What a stranger learns of a network from its answers alone, by training one on them."""
+    task = data.fashion_mnist()
+    served = models.pretrained("resnet-8").to(memory_format=torch.channels_last)
+    images, _ = task.train.source.tensors
+    noise = torch.rand(10_000, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    tested, _ = next(iter(task.test.batches(len(task.test))))
+    own = {"clothes": images[:50_000], "noise": noise, "test": tested[0]}
+    answers = {name: probabilities(served, x) for name, x in own.items()}
+    agreement = data.Metric("agreement", agree, proportion=True)
+    runs = itertools.product(
+        (("clothes", (100, 1_000, 10_000, 50_000)), ("noise", (10_000,))),
+        ("class", "probabilities"),
+        SEEDS,
+    )
+    for (asked, counts), answer, seed in runs:
+        for count in counts:
+            drawn = torch.randperm(len(own[asked]), generator=torch.Generator().manual_seed(seed))
+            x, y = own[asked][drawn[:count]], answers[asked][drawn[:count]]
+            if answer == "class":
+                y = nn.functional.one_hot(y.argmax(1), y.shape[1]).float()
+            queries = data.task(
+                train=(x, y), test=(own["test"], answers["test"]), metric=agreement,
+                loss=nn.functional.cross_entropy,
+            )  # fmt: skip
+            student = models.build("lenet-300-100", seed=seed)
+            epochs = max(4, min(100, 200_000 // count))
+            training.fit(student, queries, epochs=epochs, seed=seed, progress=False)
+            yield {
+                "images": asked, "answer": answer, "queries": count, "seed": seed,
+                "agreement": score(student, queries), "score": score(student, task),
+            }  # fmt: skip
+
+
+def probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    """(N, 1, 28, 28) -> (N, classes)."""
+    with torch.no_grad():
+        return torch.cat([model(part).softmax(1) for part in x.split(500)])
+
+
+def agree(outputs: Tensor, answers: Tensor) -> Tensor:
+    return (outputs.argmax(1) == answers.argmax(1)).float()
+
+
+def xla() -> Iterator[dict]:
+    """Eager PyTorch and XLA by way of JAX, each on one core: the same answers, and how fast."""
+    from workbench.deploy.xla import XlaPredictor
+
+    # XLA starts a thread for each core that it may use. Two sets of threads would wait for each
+    # other on a machine that does anything else.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tasks = {"char-transformer": data.austen()}
+    for name in ("lenet-5", "resnet-8", "mlp-wide", "char-transformer"):
+        task, model = tasks.get(name, data.fashion_mnist()), models.pretrained(name)
+        (x,), _ = next(iter(task.test.batches(256)))
+        predictor = XlaPredictor(model, (x[:1],))
+        with torch.no_grad():
+            expected, found = model(x), predictor.predict(x)
+        facts = {
+            "network": name,
+            "platform": predictor.platform,
+            "agreement": (found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+            "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
+        }
+        for batch in (1, 8, 64, 256):
+            compiled = predictor.compiled(x[:batch])
+            timed = measure.measure_latency(
+                {"eager": prepare(model, example_input=(x[:1],)), "xla": predictor},
+                x[:batch],
+                threads=1,
+                repeats=15,
+            ).summary
+            yield facts | {
+                "batch": batch,
+                "fusions": compiled.as_text().count(" fusion("),
+                "flops": compiled.cost_analysis()["flops"],
+                "eager_ms": timed.latency_ms["eager"],
+                "xla_ms": timed.latency_ms["xla"],
+                **timed.loc["xla", ["speedup", "speedup_low", "speedup_high"]].to_dict(),
+            }
+
+
+def fixed_point() -> Iterator[dict]:
+    """hls4ml's C++ against the same fixed point in numpy: how many answers are equal to the bit."""
+    from workbench.deploy import fpga
+
+    task = data.fashion_mnist()
+    dense = models.pretrained("lenet-300-100")
+    path = data.verified("experiments/deep-compression-lenet-300-100.safetensors")
+    (seen,), _ = next(iter(task.train.batches(1000, shuffle=True, seed=0)))
+    (x,), target = next(iter(task.test.batches(500)))
+    networks = {"dense": dense, "pruned": storage.load(path, into=dense)}
+    for (name, model), bits in itertools.product(networks.items(), (4, 6, 8, 12)):
+        fixed = fpga.fix(model, seen, bits=bits)
+        with tempfile.TemporaryDirectory() as folder:
+            start_s = time.perf_counter()
+            emulate = fpga.compile_emulator(fixed, folder)
+            compiled_s = time.perf_counter() - start_s
+            found = emulate(x)
+        yield {
+            "network": name, "bits": bits, "images": len(x),
+            "equal": int((found == fixed(x)).all(1).sum()),
+            "score": (found.argmax(1) == target).double().mean().item(), "compile_s": compiled_s,
+        }  # fmt: skip
+
+
+EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8")
+
+
+def exports(network: str) -> Iterator[dict]:
+    """What each exported file holds, and how far it answers like its model on all test images."""
+    task = data.fashion_mnist()
+    few = replace(task, test=task.test.subset(200))
+    dense = models.pretrained(network)
+    int8 = compress.quantize_static(dense, task)
+    for precision, model in {"float32": dense, "int8": int8}.items():
+        with torch.no_grad():
+            answers = [model(*inputs) for inputs, _ in task.test.batches()]
+        for format in exporting.FORMATS:
+            if precision == "int8" and format in ("openvino-fp16", "openvino-int8"):
+                continue
+            if format == "aotinductor" and network != EXPORTED[0]:  # a compilation each
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "model").with_suffix(exporting.SUFFIXES[format])
+                start = time.perf_counter()
+                made = exporting.export(model, path, format, task=few, agreement=0.9, tolerance=0.1)
+                seconds = time.perf_counter() - start
+                loaded = runtimes.load(path, trusted=True)
+                replay = iter(answers)
+                found = exporting.parity(lambda *_, replay=replay: next(replay), loaded, task)
+            yield {"network": network, "model": precision, "format": format,
+                   "size_bytes": made.size_bytes, "int8_kernels": made.record["int8_kernels"],
+                   "seconds": seconds} | asdict(found)  # fmt: skip
+
+
+SERVED = ("lenet-5", "mlp-wide", "resnet-14", "char-transformer")
+
+
+def in_runtimes(network: str) -> Iterator[dict]:
+    """How long one answer takes in each runtime, of the float model and of cheaper ones."""
+    task = data.austen() if network == "char-transformer" else data.fashion_mnist()
+    dense = models.pretrained(network)
+    offered = {"float32": dense, "int8 static": compress.quantize_static(dense, task)}
+    if network in ("mlp-wide", "char-transformer"):
+        offered["int8 dynamic"] = compress.quantize_dynamic(dense)
+    if network == "resnet-14":
+        half = compress.prune_structured(dense, task, sparsity=0.5, importance="l1", scope="layer")
+        offered["half, int8 static"] = compress.quantize_static(half, task)
+    # Compiling takes longest, and int8 runs faster in the other two.
+    compiled = runtimes.prepare(dense, "compiled", example_input=task.example_input)
+    others = [name for name in runtimes.installed() if name != "compiled"]
+    found = best(offered | {"float32, compiled": compiled}, task, loss=math.inf, examples=100,
+                 runtimes=others, progress=False)  # fmt: skip
+    columns = ["runtime", "simulated", "latency_ms", "latency_low_ms", "latency_high_ms", "speedup",
+               "speedup_low", "speedup_high", "loss"]  # fmt: skip
+    for name, row in found.frame.set_index("name")[columns].iterrows():
+        model = name.rpartition(", ")[0]
+        yield {"network": network, "model": model, "candidate": f"{network}, {model}"} | dict(row)
+
+
+def serving() -> Iterator[dict]:
+    """Requests a second and time to an answer of four servers of the same networks, by clients.
+
+    Every request is one image as JSON. Flask and FastAPI run PyTorch, as most handlers do;
+    "FastAPI, ORT" and the workbench run ONNX Runtime. Needs wrk, which loads them.
+    """
+    handlers = data.folder().parent / "notebooks" / "benchmarks" / "handlers"
+    task = data.fashion_mnist()
+    body = json.dumps({"inputs": task.example_input[0][:1].numpy().round(4).tolist()})
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        addresses = {}
+        for network in ("mlp-wide", "lenet-5"):
+            path = f"{folder}/{network}.onnx"
+            exporting.export(models.pretrained(network), path, "onnx", task=task)
+            for name, handler, argument in (
+                ("Flask", "flask_handler.py", network),
+                ("FastAPI", "fastapi_handler.py", network),
+                ("FastAPI, ORT", "onnx_handler.py", path),
+            ):
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", 0))
+                    port = free.getsockname()[1]
+                command = [sys.executable, str(handlers / handler), argument, str(port)]
+                process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                addresses[network, name] = f"http://127.0.0.1:{port}/predict"
+            service = stack.enter_context(serve(path))
+            addresses[network, "workbench"] = f"{service.url}/predict"
+        for address in addresses.values():
+            wait_for_answer(address, body)
+        for (network, name), address in addresses.items():
+            for clients in (1, 16, 64):
+                yield {"network": network, "server": name} | wrk(address, body, clients)
+
+
+def wait_for_answer(address: str, body: str) -> None:
+    for _ in range(200):
+        with contextlib.suppress(requests.ConnectionError):
+            requests.post(address, body, headers={"Content-Type": "application/json"}, timeout=9)
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"nobody answers at {address}")
+
+
+def wrk(address: str, body: str, clients: int, seconds: int = 5) -> dict:
+    """What wrk measures: good answers a second, and milliseconds to an answer."""
+    script = f"""
+    wrk.method, wrk.body = "POST", [==[{body}]==]
+    wrk.headers["Content-Type"] = "application/json"
+    function done(summary, latency, requests)
+      local errors = summary.errors
+      local failed = errors.connect + errors.read + errors.write + errors.timeout + errors.status
+      print(string.format("RESULT %d %d %f %f %f", summary.requests, failed,
+        summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+    end
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        file.write(script)
+        file.flush()
+        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "-s", file.name, address]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    answers, failed, took, p50, p99 = map(float, shown.split("RESULT")[1].split())
+    columns = {"clients": clients, "requests_per_s": (answers - failed) / took}
+    return columns | {"p50_ms": p50, "p99_ms": p99, "failed": int(failed)}
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     **{f"pruning-{network}": partial(pruning, network) for network in FINE_TUNING},
     "structured": structured,
@@ -691,7 +987,14 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     "optimizers": optimizers,
     "gradient-compression": gradient_compression,
     "slow-link": slow_link,
+    "xla": xla,
+    "fixed-point": fixed_point,
     "pipeline-bubble": pipeline_bubble,
+    "serving": serving,
+    **{f"exports-{network}": partial(exports, network) for network in EXPORTED},
+    **{f"runtimes-{network}": partial(in_runtimes, network) for network in SERVED},
+    "attacks": attacks,
+    "extraction": extraction,
 }
 
 

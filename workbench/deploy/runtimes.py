@@ -1,14 +1,13 @@
 """One model, several runtimes, behind one interface.
 
 `prepare` lowers a model to a runtime and returns a `Predictor`: eager PyTorch, ``torch.compile``,
-or ONNX Runtime. A model of `workbench.compress.quantization` keeps its scales and codes on the way:
-each runtime replaces the rounding operators by its own int8 kernels, and ``simulated`` says, from
-the operations that the runtime really chose, when it did not.
+ONNX Runtime or OpenVINO. A model of `workbench.compress.quantization` keeps its scales and codes on
+the way: each runtime replaces the rounding operators by its own int8 kernels, and ``simulated``
+says, from the operations that the runtime really chose, when it did not. `load` makes a Predictor
+of a file that `workbench.deploy.exporting` wrote.
 """
 
-import contextlib
-import io
-import logging
+import importlib.util
 import os
 import tempfile
 import warnings
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from workbench import data, models
 from workbench.compress.computed import (
-    ComputedLSTM,
     MaskedWeight,
     Source,
     layer_type,
@@ -32,10 +30,17 @@ from workbench.compress.computed import (
     weights,
 )
 from workbench.compress.layers import summary
-from workbench.compress.quantizers import DynamicQuantizer, QuantizedWeight, StaticQuantizer
-from workbench.training import evaluation_mode
+from workbench.deploy.loading import (
+    Loaded,
+    OnnxModel,
+    OpenVinoModel,
+    check,
+    load_bytes,
+    openvino_spec,
+)
+from workbench.deploy.lowering import int8_lowered, lower, onnx_bytes, openvino_model, openvino_zip
 
-RUNTIMES = ("eager", "compiled", "onnxruntime")
+RUNTIMES = ("eager", "compiled", "onnxruntime", "openvino")
 MANY_ZEROS = 0.1  # from this share on, zeros are taken for a technique's work
 
 
@@ -70,16 +75,33 @@ class Predictor:
 
     def _describe(self, lowering: str = "") -> None:
         """Fill in ``simulated`` and ``note`` once ``int8_kernels`` is known."""
-        zeros = _share_of_zeros(self.model)
-        computed = any(
-            isinstance(module, Source) and not isinstance(module, MaskedWeight)
-            for module in self.model.modules()
-        )
-        many_zeros = zeros >= MANY_ZEROS
-        self.simulated = (computed or many_zeros) and self.int8_kernels == 0
-        dense = f"{zeros:.1%} of the weights are zero, and are multiplied like the others"
-        notes = [summary(self.model), lowering, dense if many_zeros else ""]
-        self.note = "; ".join(filter(None, notes))
+        self.simulated, self.note = described(self.model, self.int8_kernels, lowering)
+
+
+def described(model: nn.Module, int8_kernels: int, lowering: str = "") -> tuple[bool, str]:
+    """Whether the speed of a lowered model is only simulated, and what there is to say about it."""
+    zeros = _share_of_zeros(model)
+    computed = any(
+        isinstance(module, Source) and not isinstance(module, MaskedWeight)
+        for module in model.modules()
+    )
+    many_zeros = zeros >= MANY_ZEROS
+    dense = f"{zeros:.1%} of the weights are zero, and are multiplied like the others"
+    notes = [summary(model), lowering, dense if many_zeros else ""]
+    return (computed or many_zeros) and int8_kernels == 0, "; ".join(filter(None, notes))
+
+
+def _share_of_zeros(model: nn.Module) -> float:
+    """Zeros among the weights of two and more dimensions; biases start at zero without pruning."""
+    matrices = [weight for _, weight in weights(model) if weight.dim() > 1]
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in matrices)
+    return zeros / max(1, sum(weight.numel() for weight in matrices))
+
+
+def installed() -> tuple[str, ...]:
+    """Those of `RUNTIMES` that can be used here; OpenVINO is an extra."""
+    found = importlib.util.find_spec("openvino") is not None
+    return tuple(name for name in RUNTIMES if name != "openvino" or found)
 
 
 def prepare(
@@ -93,15 +115,18 @@ def prepare(
     """Make a `Predictor` of a module or callable; a Predictor is returned unchanged.
 
     Args:
-        runtime: "eager", "compiled" (`torch.compile` with frozen weights) or "onnxruntime".
+        runtime: "eager", "compiled" (`torch.compile` with frozen weights), "onnxruntime" or
+            "openvino".
         example_input: inputs of one example, each with a batch dimension.
         device: "cpu" or "cuda".
-        threads: of ONNX Runtime, and those that "compiled" is first compiled for; PyTorch runs
-            with those of ``torch.set_num_threads``.
+        threads: of ONNX Runtime and OpenVINO, and those that "compiled" is first compiled for;
+            PyTorch runs with those of ``torch.set_num_threads``.
 
     Raises:
         ValueError: an unknown runtime, or a device that is not there.
         TypeError: ``candidate`` is none of these, or a callable is asked to run elsewhere.
+        UnsupportedError: the runtime has no operation for a layer, which is named.
+        ImportError: OpenVINO is not installed.
     """
     if isinstance(candidate, Predictor):
         return candidate
@@ -123,7 +148,19 @@ def prepare(
         return EagerPredictor(candidate, device)
     if runtime == "compiled":
         return CompiledPredictor(candidate, device, example_input, threads)
-    return OnnxPredictor(candidate, device, example_input, threads)
+    made = OnnxPredictor if runtime == "onnxruntime" else OpenVinoPredictor
+    return made(candidate, device, example_input, threads)
+
+
+def load(
+    source: str | os.PathLike | bytes, *, threads: int = 1, trusted: bool = False
+) -> "FilePredictor":
+    """Make a `Predictor` of an exported file, or of its bytes; see `loading.load_bytes`."""
+    artifact = source if isinstance(source, bytes) else Path(source).read_bytes()
+    predictor = FilePredictor(artifact, load_bytes(artifact, threads=threads, trusted=trusted))
+    for name in ("simulated", "note", "int8_kernels"):
+        setattr(predictor, name, predictor.loaded.record.get(name, getattr(predictor, name)))
+    return predictor
 
 
 class CallablePredictor(Predictor):
@@ -183,7 +220,7 @@ class CompiledPredictor(Predictor):
     ):
         super().__init__(device)
         self.model = model
-        lowered, note = _lower(model)
+        lowered, note = lower(model)
         self.running = torch.compile(lowered.to(device), dynamic=False)
         self.compiled_for: set[tuple] = set()
         threads_before = torch.get_num_threads()
@@ -210,7 +247,7 @@ class CompiledPredictor(Predictor):
         from torch._dynamo.utils import counters
         from torch._inductor import config as inductor
 
-        before = _inductor_int8(counters)
+        before = int8_lowered(counters)
         # The int8 kernels need the weights as constants, and freezing must be on for the whole of
         # the compilation, tracing included: as an option of torch.compile it comes too late.
         # Models of one class share a limit of eight compilations, and go on in eager mode past it.
@@ -223,17 +260,30 @@ class CompiledPredictor(Predictor):
             warnings.simplefilter("ignore")
             self.running(*(x.to(self.device) for x in inputs))
         self.compiled_for.add(self._key(*inputs))
-        return _inductor_int8(counters) - before
+        return int8_lowered(counters) - before
 
     def save(self, path: str | os.PathLike) -> None:
         models.save(self.model, path)
 
 
-class OnnxPredictor(Predictor):
-    """ONNX Runtime on an exported graph; any batch size, the other dimensions as in the example."""
+class FilePredictor(Predictor):
+    """A model file and what runs it; any batch size, the other dimensions as in the file."""
 
-    runtime = "onnxruntime"
-    suffix = ".onnx"
+    def __init__(self, artifact: bytes, loaded: Loaded, device: str = "cpu"):
+        super().__init__(device)
+        self.artifact, self.loaded = artifact, loaded
+        self.runtime, self.suffix = loaded.runtime, loaded.suffix
+
+    def predict(self, *inputs: Tensor) -> Tensor:
+        arrays = [x.detach().cpu().numpy() for x in inputs]
+        return torch.from_numpy(self.loaded.run(arrays)[0]).to(self.device)
+
+    def save(self, path: str | os.PathLike) -> None:
+        data.write_whole(path, lambda temporary: Path(temporary).write_bytes(self.artifact))
+
+
+class OnnxPredictor(FilePredictor):
+    """ONNX Runtime on an exported graph."""
 
     def __init__(
         self, model: nn.Module, device: str, example_input: tuple[Tensor, ...], threads: int = 1
@@ -241,52 +291,24 @@ class OnnxPredictor(Predictor):
         import onnx
         import onnxruntime
 
-        super().__init__(device)
-        self.model, self.example_input = model, example_input
         provider = "CUDAExecutionProvider" if "cuda" in device else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise ValueError(
                 "this build of onnxruntime has no CUDA; install onnxruntime-gpu or use device='cpu'"
             )
-        lowered, note = _lower(model)
-        rounded_lstms = _make_lstms_dense(lowered)
-        self.artifact = _export_onnx(lowered.to(device), example_input)
-        if rounded_lstms:
-            self.artifact = _round_lstms(self.artifact)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
+        lowered, note = lower(model)
+        artifact = onnx_bytes(lowered.to(device), example_input)
         with tempfile.TemporaryDirectory() as folder:
-            options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-            # This pass would turn the MatMul of a dynamic layer into a Gemm, which has no int8
-            # kernel for dynamic ranges.
-            disabled = ["MatMulAddFusion"] if _is_dynamic(lowered) else []
-            self.session = onnxruntime.InferenceSession(
-                self.artifact, options, providers=[provider], disabled_optimizers=disabled
-            )
-            optimized = onnx.load(options.optimized_model_filepath)
+            path = os.path.join(folder, "optimized.onnx")
+            loaded = OnnxModel(artifact, threads, provider=provider, optimized_path=path)
+            optimized = onnx.load(path)
+        super().__init__(artifact, loaded, device)
+        self.model, self.session = model, loaded.session
         self.operations = Counter(node.op_type for node in optimized.graph.node)
         self.int8_kernels = sum(
             count for name, count in self.operations.items() if name in _ONNX_INT8
         )
-        self.input_names = [entry.name for entry in self.session.get_inputs()]
         self._describe(note)
-
-    def predict(self, *inputs: Tensor) -> Tensor:
-        self._check(inputs)
-        feed = {
-            name: x.detach().cpu().numpy() for name, x in zip(self.input_names, inputs, strict=True)
-        }
-        return torch.from_numpy(self.session.run(None, feed)[0]).to(self.device)
-
-    def save(self, path: str | os.PathLike) -> None:
-        data.write_whole(path, lambda temporary: Path(temporary).write_bytes(self.artifact))
-
-    def _check(self, inputs: tuple[Tensor, ...]) -> None:
-        expected = [("batch", *x.shape[1:]) for x in self.example_input]
-        given = [tuple(x.shape) for x in inputs]
-        if [shape[1:] for shape in given] != [shape[1:] for shape in expected]:
-            raise ValueError(f"inputs have shapes {given}; the exported model takes {expected}")
 
 
 _ONNX_INT8 = {
@@ -295,138 +317,52 @@ _ONNX_INT8 = {
 }  # fmt: skip
 
 
-def _share_of_zeros(model: nn.Module) -> float:
-    """Zeros among the weights of two and more dimensions; biases start at zero without pruning."""
-    matrices = [weight for _, weight in weights(model) if weight.dim() > 1]
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in matrices)
-    return zeros / max(1, sum(weight.numel() for weight in matrices))
+class OpenVinoPredictor(FilePredictor):
+    """OpenVINO, compiled anew for each shape of inputs: it is faster where it knows the batch."""
+
+    def __init__(
+        self, model: nn.Module, device: str, example_input: tuple[Tensor, ...], threads: int = 1
+    ):
+        if device != "cpu":
+            raise ValueError(f"device is {device!r}; OpenVINO runs on 'cpu' here")
+        lowered, note = lower(model)
+        self.graph, self.threads = openvino_model(lowered, example_input), threads
+        self.compiled_for: dict[tuple, Loaded] = {}
+        self.takes = tuple(openvino_spec(port) for port in self.graph.inputs)
+        loaded = self._compile(example_input)
+        super().__init__(openvino_zip(self.graph), loaded, device)
+        self.model = model
+        self.operations = _openvino_operations(loaded)
+        self.int8_kernels = openvino_int8_kernels(loaded)
+        self._describe(note)
+
+    def predict(self, *inputs: Tensor) -> Tensor:
+        self.loaded = self.compiled_for.get(_shapes(inputs)) or self._compile(inputs)
+        return super().predict(*inputs)
+
+    def _compile(self, inputs: tuple[Tensor, ...]) -> Loaded:
+        check(self.takes, [x.numpy() for x in inputs])
+        fixed = self.graph.clone()
+        names = [spec.name for spec in self.takes]
+        fixed.reshape(dict(zip(names, _shapes(inputs), strict=True)))
+        self.compiled_for[_shapes(inputs)] = OpenVinoModel.of(fixed, self.threads)
+        return self.compiled_for[_shapes(inputs)]
 
 
-def _is_dynamic(model: nn.Module) -> bool:
-    return any(isinstance(module, DynamicQuantizer) for module in model.modules())
+def _shapes(inputs: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(x.shape) for x in inputs)
 
 
-def _lower(model: nn.Module) -> tuple[nn.Module, str]:
-    """A copy that a runtime can take: constant scales, and no weights that it has no kernel for."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lowered = deepcopy(model).eval()
-    note = ""
-    for module in lowered.modules():
-        if isinstance(module, StaticQuantizer):
-            module.make_constant()
-    for module in list(lowered.modules()):
-        if layer_type(module) is None:
-            continue
-        for name in weight_names(module):
-            source = source_of(module, name)
-            if isinstance(source, Source) and not source.lowers_to_int8:
-                if not isinstance(source, MaskedWeight):
-                    note = f"{source.describe()} weights become float here: there is no kernel"
-                make_dense(module)
-                break
-    return lowered, note
+def openvino_int8_kernels(loaded: OpenVinoModel) -> int:
+    """How many operations of a compiled model run on integers."""
+    kinds = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell")
+    found = _openvino_operations(loaded)
+    return sum(found[f"{kind} {code}"] for kind in kinds for code in ("i8", "u8"))
 
 
-def _make_lstms_dense(lowered: nn.Module) -> bool:
-    """Give quantized LSTMs plain weights: ONNX Runtime's kernel takes an int8 layout of its own."""
-    found = [
-        module
-        for module in lowered.modules()
-        if isinstance(module, ComputedLSTM)
-        and all(isinstance(source, QuantizedWeight) for source in module.sources.values())
-    ]
-    for module in found:
-        make_dense(module)
-    return bool(found)
-
-
-def _round_lstms(artifact: bytes) -> bytes:
-    """Let ONNX Runtime's quantizer put the weights of each LSTM back into int8.
-
-    They lie on the int8 grid of their channel already, so it finds the same codes.
-    """
-    import onnxruntime
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with tempfile.TemporaryDirectory() as folder, _quiet(""):
-        folded, rounded = os.path.join(folder, "folded.onnx"), os.path.join(folder, "int8.onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        # The quantizer takes constants only; the exporter writes the weights in slices.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = folded
-        onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
-        quantize_dynamic(
-            folded,
-            rounded,
-            op_types_to_quantize=["LSTM"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-        )
-        return Path(rounded).read_bytes()
-
-
-def _export_onnx(model: nn.Module, example_input: tuple[Tensor, ...]) -> bytes:
-    from onnxscript import opset18 as op
-
-    def quantize(x):
-        return op.DynamicQuantizeLinear(x)
-
-    def dequantize(codes, scale, zero_point):
-        return op.DequantizeLinear(codes, scale, zero_point)
-
-    def linear(x, weight, bias=None):
-        product = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-        return product if bias is None else op.Add(product, bias)
-
-    translations = {}
-    if _is_dynamic(model):
-        # The int8 kernel for dynamic ranges is a MatMul; the exporter would write a Gemm.
-        translations = {
-            torch.ops.workbench.quantize_dynamically.default: quantize,
-            torch.ops.workbench.dequantize_dynamically.default: dequantize,
-            torch.ops.aten.linear.default: linear,
-        }
-
-    # A batch of two, for the exporter takes a dimension of one to be always one.
-    example = tuple(torch.cat([x[:1], x[:1]]) for x in example_input)
-    with _quiet(), evaluation_mode(model):
-        program = torch.onnx.export(
-            model,
-            example,
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in example),
-            custom_translation_table=translations,
-        )
-    proto = program.model_proto
-    # The exporter notes the source line of each operation, with its path on this machine, and the
-    # shape of each value: a tenth of a small model's file, which no runtime reads.
-    del proto.graph.value_info[:]
-    for entry in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
-        entry.doc_string = ""
-        del entry.metadata_props[:]
-    return proto.SerializeToString(deterministic=True)
-
-
-@contextlib.contextmanager
-def _quiet(name: str = "torch.onnx"):
-    """Exporters log and warn about their own internals; errors still come through."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _inductor_int8(counters: dict) -> int:
-    return sum(
-        count
-        for name, count in counters["inductor"].items()
-        if name.startswith(("qconv", "qlinear")) and name.endswith("lower_count")
+def _openvino_operations(loaded: OpenVinoModel) -> Counter:
+    """How often each kind of operation runs, with the numbers that it computes with."""
+    notes = [node.get_rt_info() for node in loaded.compiled.get_runtime_model().get_ops()]
+    return Counter(
+        f"{note['layerType'].astype(str)} {note['runtimePrecision'].astype(str)}" for note in notes
     )

@@ -124,6 +124,11 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values.abs() == values.abs().max(), values, 0)
 
 
+_CANDIDATES = [
+    {"name": "float32", "loss": 0.0, "size_bytes": 400, "latency_ms": 4.0},
+    {"name": "int8", "loss": 0.005, "size_bytes": 100, "latency_ms": 1.0},
+    {"name": "tiny", "loss": 0.2, "size_bytes": 60, "latency_ms": 0.5},
+]  # of exercise 13.3
 EXERCISES = {
     "00.1": Exercise(
         close_to(77_754 * 4 / 8, relative=0.001),
@@ -365,5 +370,71 @@ EXERCISES = {
         why="1,026 examples. Below that, the outputs of the branches are less to send than the "
         "gradients of all weights.",
         hint="a batch of B sends 2 * 512 * B values; when is that 1,050,624?",
+    ),
+    "12.1": Exercise(
+        close_to(9, relative=1e-6),
+        why="A batch of 9 has 4.5 / (1 + 18 / 2048) = 4.46 FLOPs for each byte, one of 8 has 3.97.",
+        hint="set 2 B n² / (4 (n² + 2 B n)) to 100 / 25. B must be whole, and just above.",
+    ),
+    "12.2": Exercise(
+        returns([
+            ((0.3, 4, 2), 0.25), ((0.375, 4, 2), 0.5), ((-0.375, 4, 2), -0.25), ((5.0, 4, 2), 1.75),
+            ((-5.0, 4, 2), -2.0), ((100.0, 8, 10), 100.0), ((0.01, 8, -2), 0.009765625),
+        ]),
+        why="Two's complement reaches one step further down than up, so 1.75 is the largest of "
+        "fixed<4,2>, and -2 the smallest.",
+        hint="a step is 2 ** (integer - bits); the codes go from -(2 ** (bits - 1)) to "
+        "2 ** (bits - 1) - 1, and floor(x / step + 0.5) rounds halves up.",
+    ),
+    "12.3": Exercise(
+        close_to(12.1),
+        why="1,210 cycles of 10 nanoseconds. With a multiplier for each product it would be a few "
+        "cycles, on a chip a thousand times as large.",
+        hint="how many products does each multiplier do, one after the other? A cycle takes "
+        "1 / (100 MHz).",
+    ),
+    "13.1": Exercise(
+        close_to(0.09),
+        why="9 of 10,000 images count differently at most: 0.09 points, whatever the accuracy.",
+        hint="an image with the same answer counts the same in both.",
+    ),
+    "13.2": Exercise(
+        close_to(80 / 2.75),
+        why="About 29: beyond it, the phone takes longer than way and data centre together.",
+        hint="solve 3 c = 80 + c / 4.",
+    ),
+    "13.3": Exercise(
+        lambda answer: all(
+            answer(_CANDIDATES, loss, size_bytes) == name
+            for loss, size_bytes, name in (
+                (1, 1e9, "tiny"), (0.01, 1e9, "int8"), (0.01, 50, None), (0, 1e9, "float32"),
+                (0.01, 100, "int8"),
+            )
+        ),
+        why="Limits first, then speed: that is all that `best` does with its table.",
+        hint="keep the rows within both limits; if none is left, the answer is None.",
+    ),
+    "14.1": Exercise(
+        close_to(4_000),
+        why="125 batches a second: four times the images that one by one would give.",
+        hint="how many batches fit into a second?",
+    ),
+    "14.2": Exercise(
+        close_to(40),
+        why="Little's law (1961): those in a system are its throughput times the time that each "
+        "spends there, whatever happens inside.",
+        hint="64 clients are there at any moment, and 1,600 leave in a second.",
+    ),
+    "14.3": Exercise(
+        returns([
+            (([0, 0, 0], 1, 2), [True, True, False]),
+            (([0, 0.5, 1.0, 1.5, 2.0], 1, 1), [True, False, True, False, True]),
+            (([0, 10, 10, 10], 1, 2), [True, True, True, False]),
+            (([5.0, 5.25, 5.5, 5.75], 2, 1), [True, False, True, False]),
+        ]),
+        why="A refused request takes no token, so a client that is refused is not punished for "
+        "asking again.",
+        hint="tokens = min(burst, tokens + rate * time since the last request); one is taken "
+        "where there is at least one.",
     ),
 }  # fmt: skip

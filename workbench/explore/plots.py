@@ -28,6 +28,7 @@ from workbench.compress import computed
 from workbench.data import Task
 from workbench.explore import labels
 from workbench.explore.differences import class_name, kind_of_change, paired_outputs
+from workbench.measure.peaks import Roofs
 from workbench.storage.ledger import KIND_COLUMNS, Ledger
 
 BLACK, GREY, FAINT = "#000000", "0.45", "0.82"
@@ -307,13 +308,18 @@ def heatmap(
 
 
 def ranked(frame: pd.DataFrame, name: str, *, value: str = "score", label: str | None = None,
-           mark: str | None = None) -> Picture:  # fmt: skip
+           mark: str | None = None, lower_is_better: bool | None = None) -> Picture:  # fmt: skip
     """One line per row, best at the top: column ``value`` as a dot, with its interval.
 
-    ``mark`` is the name of a row to point out.
+    ``mark`` is the name of a row to point out. Of its score a frame knows whether higher is better;
+    of another value, say it.
     """
     _check_columns(frame, [name, value])
-    rows = frame.sort_values(value, ascending=is_higher_better(frame))
+    if lower_is_better is None:
+        if value != "score" and "higher_is_better" not in frame:
+            raise ValueError(f"give lower_is_better=True or False: which {value!r} is the best?")
+        lower_is_better = not is_higher_better(frame)
+    rows = frame.sort_values(value, ascending=not lower_is_better)
     low, high = interval_columns(value)
     with rc_context(_STYLE):
         picture = Picture(7.5, 1.2 + 0.26 * len(rows))
@@ -451,6 +457,64 @@ def timeline(traces: pd.DataFrame | Mapping[str, pd.DataFrame]) -> Picture:
             [*keys, Rectangle((0, 0), 1, 1, color="0.9")], [*kinds, "waiting"],
             loc="outside upper right", ncols=5, frameon=False, handlelength=1.2,
         )  # fmt: skip
+    return picture
+
+
+def roofline(
+    frame: pd.DataFrame,
+    roofs: Roofs,
+    by: str = "layer",
+    *,
+    dtypes: Sequence[str] = ("float32",),
+    sources: Sequence[str] = ("memory",),
+) -> Picture:
+    """Speed of each operation against its arithmetic intensity, under the roofs of the machine.
+
+    Args:
+        frame: of `workbench.measure.roofline`; what does no FLOPs is left out.
+        by: column whose values get a colour and a marker each.
+        dtypes, sources: which flat and which sloping roofs to draw.
+
+    Raises:
+        ValueError: a column is missing, or nothing in the frame multiplies.
+    """
+    _check_columns(frame, ["flops", "intensity", "flops_s", by])
+    points = frame[frame["flops"] > 0]
+    if points.empty:
+        raise ValueError("no operation of the frame multiplies; there is nothing to draw")
+    right = max(points["intensity"].max(), *(roofs.ridge(t, s) for t in dtypes for s in sources))
+    x = np.geomspace(points["intensity"].min() / 5, 4 * right, 200)  # with room for words
+    with rc_context(_STYLE):
+        picture = Picture(8, 4.8)
+        axes = picture.subplots()
+        for i, (name, rows) in enumerate(points.groupby(by, sort=False)):
+            axes.plot(
+                rows["intensity"], rows["flops_s"] / 1e9, MARKERS[i % len(MARKERS)], label=name,
+                color=COLOURS[i % len(COLOURS)], markersize=6.5, markeredgecolor="white",
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
+        for source in sources:
+            highest = max(dtypes, key=lambda dtype: roofs.operations_s[dtype])
+            axes.plot(x, roofs.attainable(x, highest, source) / 1e9, color=BLACK, linewidth=1.2)
+        for dtype in dtypes:
+            start = min(roofs.ridge(dtype, source) for source in sources)
+            peak = roofs.operations_s[dtype] / 1e9
+            axes.plot([start, x[-1]], [peak, peak], color=BLACK, linewidth=1.2)
+            text = f"{dtype} {peak:,.0f}"
+            axes.text(x[-1], peak * 1.06, text, ha="right", va="bottom", fontsize=10)
+        for place, source in enumerate(sources):
+            slope = roofs.bandwidth_bytes_s[source] / 1e9
+            height = slope * (1.15 if place else 0.85)  # beside the line; the first one below it
+            axes.text(
+                1.1 * x[0], 1.1 * x[0] * height, f"{source} {slope:,.0f} GB/s", fontsize=10,
+                rotation=math.degrees(math.atan(height)), rotation_mode="anchor",
+                transform_rotates_text=True, va="bottom" if place else "top",
+            )  # fmt: skip
+        axes.set_xlabel("arithmetic intensity (FLOPs per byte)")
+        axes.set_ylabel("speed (GFLOP/s; for int8, 10⁹ operations/s)")
+        axes.grid(color=FAINT, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="none", loc="lower right", fontsize=10)
     return picture
 
 

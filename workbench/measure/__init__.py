@@ -4,6 +4,7 @@ from workbench.measure.accuracy import interval, over_seeds, paired_p_value, sev
 from workbench.measure.comparison import compare
 from workbench.measure.hardware import Hardware, hardware
 from workbench.measure.latency import Latency, measure_latency, verdict
+from workbench.measure.selection import Best, best
 from workbench.measure.size import (
     artifact_bytes,
     compression_ratio,
@@ -16,9 +17,11 @@ from workbench.measure.size import (
 )
 
 __all__ = [
+    "Best",
     "Hardware",
     "Latency",
     "artifact_bytes",
+    "best",
     "compare",
     "compression_ratio",
     "density",

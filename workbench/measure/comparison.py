@@ -296,6 +296,8 @@ def _facts(predictor: Predictor, inputs: tuple[Tensor, ...], codec: str | None) 
             "nonzeros": size.nonzeros(predictor.model),
             "macs": size.macs(predictor.model, inputs),
         }
+    elif hasattr(predictor, "artifact"):  # loaded from a file, without its module
+        facts["size_bytes"] = len(predictor.artifact)
     return facts
 
 

@@ -35,6 +35,11 @@ from workbench.parallel.shares import check_whole
 _BLOCK = 2**16  # places that 16 bits can tell apart
 
 
+# Values of a message. A long one leaves the link idle between its halves; several short ones under
+# way keep it busy (5.8 MB at 100 Mbit/s on gloo: 0.49 s for 0.61 s).
+_PIECE = 2**19
+
+
 def compress_gradients(model: DistributedDataParallel, compressor: "Compressor") -> "Exchange":
     """Let a model exchange compressed gradients from now on; ``.report()`` tells how many bytes.
 
@@ -230,7 +235,13 @@ class Exchange:
     def gather(self, payload: Tensor) -> list[Tensor]:
         """All ranks' payloads, which are of one length, in the order of ranks."""
         received = [torch.empty_like(payload) for _ in range(self.ranks)]
-        dist.all_gather(received, payload, group=self.group)
+        pieces = zip(*(whole.split(_PIECE) for whole in (payload, *received)), strict=True)
+        under_way = [
+            dist.all_gather(places, piece, group=self.group, async_op=True)
+            for piece, *places in pieces
+        ]
+        for piece in under_way:
+            piece.wait()
         self.sent_bytes += (self.ranks - 1) * payload.nbytes
         return received
 

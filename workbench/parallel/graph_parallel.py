@@ -11,6 +11,7 @@ Nothing may depend on which branch is first: branches that write to the same ten
 weight or draw random numbers are not run side by side, and the reason is given.
 """
 
+import ctypes
 import functools
 import operator
 import os
@@ -425,7 +426,9 @@ class _Call:
         self.fork, self.model, self.layout = fork, model, layout
         self.shapes: list[pytree.TreeSpec] = []  # of what each branch gives
         self.trained: list[bool] = []  # whether each output depends on something that is trained
-        self.weights_of = [[model.get_parameter(n) for n in b.parameters] for b in fork.branches]
+        self.weights_of = [
+            [operator.attrgetter(name)(model) for name in b.parameters] for b in fork.branches
+        ]
         self.weights = [weight for weights in self.weights_of for weight in weights]
 
     def given_to(self, branch: _Branch, inputs: Sequence) -> list:
@@ -477,6 +480,7 @@ def _side_by_side(fork: _Fork, tasks: list[Callable]) -> list:
     if getattr(_here, "is_a_worker", False):  # a branch holds forks of its own: no thread is free
         return [task() for task in tasks]
     threads = torch.get_num_threads()
+    _end_idle_threads()
     call = _with_settings_of_caller(max(1, threads // fork.workers))
 
     def work(worker: int) -> dict[int, object]:
@@ -501,6 +505,25 @@ _here = threading.local()
 def _pool(size: int, process: int) -> ThreadPoolExecutor:
     """Threads that stay. A forked process has none of its parent's, and needs its own."""
     return ThreadPoolExecutor(size, "branch", lambda: setattr(_here, "is_a_worker", True))
+
+
+def _end_idle_threads() -> None:
+    """End the threads among which OpenMP splits single operations; it starts new ones when needed.
+
+    After an operation they look for the next one in a loop, for milliseconds, and each keeps a core
+    busy that a branch needs.
+    """
+    if os.getpid() == _PROCESS:  # a forked one would wait for its parent's threads for ever
+        _pause_of_openmp()(1)  # "soft": all settings stay
+
+
+_PROCESS = os.getpid()
+
+
+@functools.cache
+def _pause_of_openmp() -> Callable[[int], int]:
+    known = None if os.name == "nt" else ctypes.CDLL(None)  # what is loaded for everyone to use
+    return getattr(known, "omp_pause_resource_all", lambda how: 0)  # since OpenMP 5.0
 
 
 def _with_settings_of_caller(threads: int) -> Callable:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing import parent_process
@@ -62,6 +63,8 @@ def serve(line: Connection, rank: int, group: Group) -> None:
 
 
 def _join(rank: int, group: Group) -> None:
+    # The line of code is often one of torch, and its path differs from machine to machine.
+    warnings.formatwarning = lambda message, kind, *_: f"rank {rank}: {kind.__name__}: {message}\n"
     torch.set_num_threads(group.threads)
     if group.backend == "nccl":
         torch.cuda.set_device(rank)

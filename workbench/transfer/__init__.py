@@ -10,6 +10,7 @@ from workbench.transfer.sealing import (
     passphrase,
     seal,
     unseal,
+    unseal_bytes,
 )
 from workbench.transfer.serving import serve
 from workbench.transfer.shards import join, split
@@ -34,6 +35,7 @@ __all__ = [
     "sign",
     "split",
     "unseal",
+    "unseal_bytes",
     "verify",
     "verify_signature",
 ]

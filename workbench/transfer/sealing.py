@@ -15,6 +15,7 @@ files. A sealed file takes 32 bytes more, and 16 for each MiB begun (for an empt
 
 import base64
 import binascii
+import io
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -132,7 +133,9 @@ def seal(
     Reference: Hoang, Reyhanitabar, Rogaway and Vizár (2015), "Online authenticated-encryption and
     its nonce-reuse misuse-resistance".
     """
-    path, bound = _check(path, key, name, version)
+    path, bound = Path(path), _bound(key, name, version)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; give the path of one")
     header = _MAGIC + bytes([key.cost]) + os.urandom(_SALT_BYTES + _PREFIX_BYTES)
     cipher = _cipher(key, header)
     with open(path, "rb") as source, byte_bar(path.stat().st_size, "seal", progress) as bar:
@@ -163,40 +166,33 @@ def unseal(
         ValueError: as for `seal`; or the file was sealed with another kind of key, or its header
             asks for more memory than the cost of the passphrase allows.
     """
-    path, bound = _check(path, key, name, version)
-    with open(path, "rb") as source, byte_bar(path.stat().st_size, "unseal", progress) as bar:
-        header = source.read(_HEADER_BYTES)
-        if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
-            raise IntegrityError(f"{path} is no sealed file of this kind: its header is another")
-        cost = header[len(_MAGIC)]
-        if bool(cost) != bool(key.cost):
-            kinds = ("with a key of 32 bytes", "with a passphrase")
-            raise ValueError(
-                f"{path} says it was sealed {kinds[bool(cost)]}, and this was opened "
-                f"{kinds[bool(key.cost)]}; give the other kind of key"
-            )
-        if cost > key.cost:
-            raise ValueError(
-                f"{path} asks for a scrypt cost of {cost}, more than the {key.cost} of this "
-                f"passphrase; if you trust the file, give passphrase(..., cost={cost})"
-            )
-        cipher = _cipher(key, header)
-        bar.update(len(header))
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; give the path of one")
+    size_bytes = os.path.getsize(path)
+    with open(path, "rb") as source, byte_bar(size_bytes, "unseal", progress) as bar:
+        segments = _open(source, os.fspath(path), key, name, version)
+        bar.update(_HEADER_BYTES)
 
         def write(out: BinaryIO) -> None:
-            from cryptography.exceptions import InvalidTag
-
-            for nonce, segment in _segments(source, header, SEGMENT_BYTES + TAG_BYTES):
-                try:
-                    out.write(cipher.decrypt(nonce, segment, header + bound))
-                except InvalidTag:
-                    raise IntegrityError(
-                        f"{path} cannot be opened as {name!r}, version {version!r}, with this key: "
-                        "one of the three is wrong, or the file is altered or cut short"
-                    ) from None
-                bar.update(len(segment))
+            for segment in segments:
+                out.write(segment)
+                bar.update(len(segment) + TAG_BYTES)
 
         return _write(to, write)
+
+
+def unseal_bytes(data: bytes, *, key: Key, name: str, version: str) -> bytes:
+    """Decrypt the content of a sealed file in memory; nothing is written.
+
+    Raises:
+        IntegrityError, ValueError: as for `unseal`.
+    """
+    return b"".join(_open(io.BytesIO(data), "the data", key, name, version))
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether bytes begin like a sealed file."""
+    return data.startswith(_MAGIC)
 
 
 def write_secret(path: str | os.PathLike, secret: bytes) -> None:
@@ -221,12 +217,10 @@ _SALT_BYTES, _PREFIX_BYTES = 16, 7
 _HEADER_BYTES = len(_MAGIC) + 1 + _SALT_BYTES + _PREFIX_BYTES
 
 
-def _check(path: str | os.PathLike, key: Key, name: str, version: str) -> tuple[Path, bytes]:
-    """The path, and name and version as bytes that no other pair gives."""
+def _bound(key: Key, name: str, version: str) -> bytes:
+    """Name and version as bytes that no other pair gives."""
     if not isinstance(key, Key):
         raise TypeError(f"key is a {type(key).__name__}; make one with key_from_file or passphrase")
-    if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file; give the path of one")
     bound = b""
     for label, text in {"name": name, "version": version}.items():
         if not isinstance(text, str):
@@ -235,7 +229,42 @@ def _check(path: str | os.PathLike, key: Key, name: str, version: str) -> tuple[
         if not 1 <= len(data) <= 2**16 - 1:
             raise ValueError(f"{label} has {len(data)} bytes; give 1 to {2**16 - 1}")
         bound += len(data).to_bytes(2, "big") + data
-    return Path(path), bound
+    return bound
+
+
+def _open(source: BinaryIO, label: str, key: Key, name: str, version: str) -> Iterator[bytes]:
+    """The content, segment by segment; the header is checked at once, a segment when it comes."""
+    bound = _bound(key, name, version)
+    header = source.read(_HEADER_BYTES)
+    if len(header) < _HEADER_BYTES or not is_sealed(header):
+        raise IntegrityError(f"{label} is no sealed file of this kind: its header is another")
+    cost = header[len(_MAGIC)]
+    if bool(cost) != bool(key.cost):
+        kinds = ("with a key of 32 bytes", "with a passphrase")
+        raise ValueError(
+            f"{label} says it was sealed {kinds[bool(cost)]}, and this was opened "
+            f"{kinds[bool(key.cost)]}; give the other kind of key"
+        )
+    if cost > key.cost:
+        raise ValueError(
+            f"{label} asks for a scrypt cost of {cost}, more than the {key.cost} of this "
+            f"passphrase; if you trust the file, give passphrase(..., cost={cost})"
+        )
+    cipher = _cipher(key, header)
+
+    def segments() -> Iterator[bytes]:
+        from cryptography.exceptions import InvalidTag
+
+        for nonce, segment in _segments(source, header, SEGMENT_BYTES + TAG_BYTES):
+            try:
+                yield cipher.decrypt(nonce, segment, header + bound)
+            except InvalidTag:
+                raise IntegrityError(
+                    f"{label} cannot be opened as {name!r}, version {version!r}, with this key: "
+                    "one of the three is wrong, or the file is altered or cut short"
+                ) from None
+
+    return segments()
 
 
 def _cipher(key: Key, header: bytes) -> "AESGCM":

@@ -1,0 +1,184 @@
+"""What a service stands: answers a second, and the time to an answer, with so many clients at once.
+
+Each client keeps one connection and asks again as soon as it has its answer: a *closed loop*. The
+more clients, the more requests wait at the service at any moment, and the larger its batches can
+be; a client that waits long asks less often. (An open loop, where requests come at their own times,
+shows how a service fails under more load than it can bear; see Schroeder, Wierman and
+Harchol-Balter, 2006, "Open versus closed: a cautionary tale".)
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+_WARM_UP_S = 0.3
+_PATIENCE_S = 30.0  # for one answer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What each client sends, again and again.
+
+    Attributes:
+        url: ``http://host:port/path``.
+        body: bytes, or an object that becomes JSON; without one the method is GET, else POST.
+        headers: beside ``Host``, ``Content-Type`` and ``Content-Length``.
+
+    Raises:
+        ValueError: an address that is not ``http://``.
+    """
+
+    url: str
+    body: object = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"url is {self.url!r}; give one that starts with http://")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        return parts.hostname, parts.port or 80
+
+    def encoded(self) -> bytes:
+        """The request as it goes over the wire."""
+        parts = urlsplit(self.url)
+        lines = [f"{'GET' if self.body is None else 'POST'} {parts.path or '/'} HTTP/1.1"]
+        lines += [f"Host: {parts.netloc}", *(f"{k}: {v}" for k, v in self.headers.items())]
+        body = b""
+        if self.body is not None:
+            is_json = not isinstance(self.body, bytes)
+            body = json.dumps(self.body).encode() if is_json else self.body
+            kind = "application/json" if is_json else "application/octet-stream"
+            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
+        return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def load(
+    services: Mapping[str, Request],
+    *,
+    clients: Sequence[int] = (1, 16, 64),
+    seconds: float = 2.0,
+    rounds: int = 1,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Put services under load, one after the other.
+
+    Args:
+        services: name -> what its clients send.
+        clients: numbers of clients at once.
+        seconds: of each measurement, after a short warm-up.
+        rounds: how often to go through all services, so that a slow moment meets each of them.
+
+    Returns:
+        A row for each service and number of clients: ``name``, ``clients``, ``requests_per_s``,
+        ``p50_ms`` and ``p99_ms``, all of good answers, whose number is ``answers``; ``refused``
+        (status 429) and ``failed`` (any other status, or no answer).
+
+    Raises:
+        ValueError: no services, or a count out of range.
+
+    Shown in notebook 14.
+    """
+    counts = [*clients]
+    if not services:
+        raise ValueError("services is empty; give name -> Request")
+    if not counts or min(counts) < 1 or not seconds > 0 or rounds < 1:
+        raise ValueError(
+            f"clients is {counts}, seconds {seconds}, rounds {rounds}; give clients and rounds "
+            "from 1 and seconds above 0"
+        )
+    turns = [(n, name) for _ in range(rounds) for n in counts for name in services]
+    measured: dict[tuple[int, str], list[_Turn]] = {}
+    for count, name in tqdm(turns, desc="load", unit="run", disable=not progress):
+        # A loop of its own: in a notebook, the main thread has one already.
+        with ThreadPoolExecutor(1) as thread:
+            turn = thread.submit(asyncio.run, _turn(services[name], count, seconds)).result()
+        measured.setdefault((count, name), []).append(turn)
+    return pd.DataFrame([_row(name, n, turns) for (n, name), turns in measured.items()])
+
+
+@dataclass
+class _Turn:
+    """What one measurement saw."""
+
+    seconds: float
+    milliseconds: list[float] = field(default_factory=list)  # of good answers
+    statuses: Counter = field(default_factory=Counter)  # 0 where there was no answer
+
+
+async def _turn(request: Request, count: int, seconds: float) -> _Turn:
+    turn, start = _Turn(seconds), time.perf_counter() + _WARM_UP_S
+    await asyncio.gather(*(_client(request, turn, start, start + seconds) for _ in range(count)))
+    return turn
+
+
+async def _client(request: Request, turn: _Turn, start: float, end: float) -> None:
+    """Ask until the end; answers that come between start and end count."""
+    message, writer = request.encoded(), None
+    while (asked := time.perf_counter()) < end:
+        status = 0
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                if writer is None:
+                    reader, writer = await asyncio.open_connection(*request.address)
+                writer.write(message)
+                status, stays = await _answer(reader)
+        except (OSError, asyncio.IncompleteReadError):  # TimeoutError is an OSError
+            stays = False
+            await asyncio.sleep(0.01)
+        answered = time.perf_counter()
+        if start <= answered <= end:
+            turn.statuses[status] += 1
+            if status == 200:
+                turn.milliseconds.append(1e3 * (answered - asked))
+        if not stays and writer is not None:
+            writer.close()
+            writer = None
+    if writer is not None:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _answer(reader: asyncio.StreamReader) -> tuple[int, bool]:
+    """Status of the next answer, and whether the connection stays open after it."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    first, *lines = head.strip().split("\r\n")
+    headers = dict(line.split(":", 1) for line in lines)
+    length = headers.get("content-length")
+    if length is None:
+        await reader.read()  # to the end of the connection
+        return int(first.split()[1]), False
+    await reader.readexactly(int(length))
+    closes = first.startswith("http/1.0") or "close" in headers.get("connection", "")
+    return int(first.split()[1]), not closes
+
+
+def _row(name: str, count: int, turns: list[_Turn]) -> dict:
+    milliseconds = np.concatenate([turn.milliseconds for turn in turns])
+    statuses = sum((turn.statuses for turn in turns), Counter())
+    good, refused = statuses.pop(200, 0), statuses.pop(429, 0)
+    p50, p99 = np.percentile(milliseconds, (50, 99)) if good else (np.nan, np.nan)
+    return {
+        "name": name,
+        "clients": count,
+        "requests_per_s": good / sum(turn.seconds for turn in turns),
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "answers": good,
+        "refused": refused,
+        "failed": statuses.total(),
+    }
