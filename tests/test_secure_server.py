@@ -146,6 +146,7 @@ def test_no_key_and_a_wrong_key_are_refused_and_logged(server, site):
         ("meter", "POST", "/v2/repository/models/double/unload"),
         ("alice", "POST", "/v2/models/other/infer"),
         ("alice", "GET", "/v2/models/other"),
+        ("alice", "GET", "/v2/models/other/ready"),
         ("alice", "POST", "/v2/models/other/generate"),
     ],
 )
@@ -162,13 +163,25 @@ def test_the_wrong_scope_or_model_is_refused_and_logged(server, site, who, metho
 def test_a_model_named_in_the_body_is_refused_too(server, site):
     body = {"model": "other", "inputs": [[1, 2, 3, 4]]}
     assert call(f"{server.url}/predict", site.alice, body)[0] == 403
+    entry = site.lines()[-1]
+    assert (entry["status"], entry["name"], entry["model"]) == (403, "alice", "other")
     body["model"] = "double"
     assert call(f"{server.url}/predict", site.alice, body)[0] == 200
 
 
+def test_the_index_shows_what_the_key_is_for(server, site):
+    _, _, listed = call(f"{server.url}/v2/repository/index", site.alice, {})
+    assert {entry["name"] for entry in listed} == {"double"}
+    anybody = access.create_key(site.keys, "anybody", ["infer"])
+    wait_until(lambda: call(f"{server.url}/v2/repository/index", anybody, {})[0] == 200)
+    _, _, listed = call(f"{server.url}/v2/repository/index", anybody, {})
+    assert {"double", "other"} <= {entry["name"] for entry in listed}
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/metrics"), ("POST", "/v2/repository/index"), ("GET", "/v2/models/double"),
+    [("GET", "/metrics"), ("GET", "/docs"), ("GET", "/v2/models/double/ready"),
+     ("POST", "/v2/repository/index"), ("GET", "/v2/models/double"),
      ("POST", "/predict"), ("POST", "/explain"), ("GET", "/openapi.json"),
      ("POST", "/v2/models/double/generate_stream"),
      ("POST", "/v2/repository/models/double/unload")],

@@ -506,6 +506,12 @@ def test_programs_of_torch_are_served_when_trusted_and_have_gradients(tmp_path, 
         np.testing.assert_allclose(answer["attributions"], [expected], rtol=1e-4)
 
 
+def test_the_page_for_people_loads_nothing_from_elsewhere(server):
+    text = requests.get(f"{server.url}/docs", timeout=30).text
+    assert "/predict" in text or "/v2/models/" in text
+    assert not re.search(r"https?:|//[a-z]|<script|<link", text)
+
+
 def test_openapi_under_schemathesis(tmp_path):
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings

@@ -5,6 +5,8 @@ shape says; OpenAPI cannot say that for any number of examples, so requests of o
 described, and more are taken.
 """
 
+import html
+import json
 import math
 from contextlib import suppress
 
@@ -50,6 +52,25 @@ def describe(repository: Repository) -> dict:
         "info": {"title": "workbench", "version": __version__, "description": __doc__},
         "paths": paths,
     }
+
+
+def page(document: dict) -> str:
+    """The document for people: one HTML page that loads nothing from elsewhere."""
+    rows = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            schemas = json.dumps(operation, indent=2)
+            rows.append(
+                f"<details><summary><code>{method.upper()} {html.escape(path)}</code> "
+                f"{html.escape(operation['summary'])}</summary>"
+                f"<pre>{html.escape(schemas)}</pre></details>"
+            )
+    title = html.escape(f"{document['info']['title']} {document['info']['version']}")
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{title}</title>"
+        f"<h1>{title}</h1><p>For programs: <a href='openapi.json'>openapi.json</a></p>"
+        f"{''.join(rows)}</html>"
+    )
 
 
 def _model_paths(base: str, version: Version) -> dict:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from workbench import __version__
 from workbench.deploy import access, protocol
@@ -20,7 +19,7 @@ from workbench.deploy.connection import RECEIVE_S
 from workbench.deploy.generation import MOST_SYMBOLS, generate, text_model
 from workbench.deploy.loading import TensorSpec
 from workbench.deploy.metrics import CONTENT_TYPE, Metrics
-from workbench.deploy.openapi import describe
+from workbench.deploy.openapi import describe, page
 from workbench.deploy.protocol import Refused, whole, write_json
 from workbench.deploy.repository import Repository, Version
 
@@ -79,7 +78,7 @@ class Service:
             routes += [
                 ("POST", f"{base}/infer", self.infer, "infer"),
                 ("GET", base, self.model_metadata, "infer"),
-                ("GET", f"{base}/ready", self.model_ready, None),
+                ("GET", f"{base}/ready", self.model_ready, "infer"),
                 ("POST", f"{base}/generate", self.generate, "infer"),
                 ("POST", f"{base}/generate_stream", self.generate_stream, "infer"),
             ]
@@ -94,7 +93,7 @@ class Service:
             ("POST", "/v2/repository/models/{model}/unload", self.unload, "admin"),
             ("GET", "/metrics", self.metrics_text, "metrics"),
             ("GET", "/openapi.json", self.openapi, "infer"),
-            ("GET", "/docs", self.docs, None),
+            ("GET", "/docs", self.docs, "infer"),
         ]
         self._infer = self._guarded(self.infer, "infer")
         self._predict = self._guarded(self.predict, "infer")
@@ -280,7 +279,10 @@ class Service:
 
     async def index(self, request: Request) -> Response:
         message = protocol.read_object(await self._body(request) or b"{}")
+        caller = getattr(request.state, "caller", None)
         listed = self.repository.index()
+        if caller is not None and caller.models is not None:
+            listed = [entry for entry in listed if entry["name"] in caller.models]
         only_ready = message.get("ready", False)
         if type(only_ready) is not bool:
             raise Refused(400, f"ready is {only_ready!r:.40}; give true or false")
@@ -324,7 +326,7 @@ class Service:
         return _json(describe(self.repository))
 
     async def docs(self, request: Request) -> Response:
-        return get_swagger_ui_html(openapi_url="/openapi.json", title="workbench")
+        return HTMLResponse(page(describe(self.repository)))
 
     def _version(self, request: Request) -> Version:
         return self.repository.pick(
@@ -342,7 +344,9 @@ class Service:
         request.state.model = name
         caller = getattr(request.state, "caller", None)
         if caller is not None and caller.models is not None and name not in caller.models:
-            raise Refused(403, "the key is not for this model")
+            refused = Refused(403, "the key is not for this model")
+            self._note(request, "refused", status=403, reason=refused.reason, model=name)
+            raise refused
         return self.repository.pick(name)
 
     async def _body(self, request: Request) -> bytes:
