@@ -42,7 +42,6 @@ bench: $(INSTALLED) ## side by side with other tools; installs the extra [bench]
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --no-deps \
 	  $$(sed -n '/^bench-alone/,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
-	set -e; for script in notebooks/benchmarks/*.py; do $(BIN)/python "$$script"; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build notebooks/benchmarks/*.ipynb
 
 format: $(INSTALLED) ## put code and notebooks in the project's style
