@@ -140,16 +140,22 @@ def test_what_does_not_end_is_stopped_and_asked_where_it_was(tmp_path):
 
 def test_an_interrupt_stops_all(tmp_path):
     program = "import os; print(os.getpid(), flush=True); os.read(0, 1)"
-    log = tmp_path / "agent.log"
+    log, over = tmp_path / "agent.log", threading.Event()
 
     def interrupt():
-        while not (log.exists() and log.read_text().endswith("\n")):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        while not over.wait(0.05):
+            if log.exists() and log.read_text().endswith("\n"):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        _run([sys.executable, "-c", program], dict(os.environ), tmp_path, 60)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _run([sys.executable, "-c", program], dict(os.environ), tmp_path, 60)
+    finally:  # an interrupt that comes later would end pytest
+        over.set()
+        thread.join()
     assert_gone([int(log.read_text())])
 
 
