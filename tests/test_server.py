@@ -20,11 +20,6 @@ import pytest
 import requests
 from bad_requests import BAD, BAD_BINARY, body, tensor
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("orjson")
-pytest.importorskip("prometheus_client")
-
 from workbench.deploy.protocol import DATATYPES
 from workbench.deploy.server import main, serve
 

@@ -179,11 +179,7 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         """The plain route: a list of examples in, outputs and classes out."""
-        body = await self._body(request)
-        message = protocol.read_object(body)
-        version = self._named(request, message)
-        spec, words = _only_input(version), protocol.has_words(body)
-        array = protocol.examples_of(message.get("inputs"), spec, words)
+        _, version, array = await self._examples(request)
         if len(array) > version.signature.most_examples:
             most = version.signature.most_examples
             raise Refused(400, f"the request has {len(array)} examples; send at most {most}")
@@ -196,11 +192,7 @@ class Service:
 
     async def explain(self, request: Request) -> Response:
         """What each number of one example adds to the output of one class."""
-        body = await self._body(request)
-        message = protocol.read_object(body)
-        version = self._named(request, message)
-        spec, words = _only_input(version), protocol.has_words(body)
-        array = protocol.examples_of(message.get("inputs"), spec, words)
+        message, version, array = await self._examples(request)
         if len(array) != 1:
             raise Refused(400, f"inputs has {len(array)} examples; one at a time is explained")
         outputs = await self._submit(request, version, [array], 1, {})
@@ -373,6 +365,14 @@ class Service:
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         encoding = request.headers.get("content-encoding")
         return body if encoding is None else protocol.inflate(body, encoding.lower(), most)
+
+    async def _examples(self, request: Request) -> tuple[dict, Version, np.ndarray]:
+        """What a plain route was sent, the version that it is for, and the examples in it."""
+        body = await self._body(request)
+        message = protocol.read_object(body)
+        version = self._named(request, message)
+        spec, words = _only_input(version), protocol.has_words(body)
+        return message, version, protocol.examples_of(message.get("inputs"), spec, words)
 
     async def _parameters(self, request: Request) -> dict:
         message = protocol.read_object(await self._body(request) or b"{}")
