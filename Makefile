@@ -42,6 +42,10 @@ bench: $(INSTALLED) ## side by side with other tools; installs the extra [bench]
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e ".[bench]"
 	$(BIN)/python -m pip install --quiet --no-deps \
 	  $$(sed -n '/^bench-alone/,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
+	for peer in $$(sed -n '/^bench-servers/,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml); do \
+	  room=build/peers/$${peer%%==*}; test -x $$room/bin/$${peer%%==*} || { \
+	    $(PYTHON) -m venv $$room && $$room/bin/python -m pip install --quiet \
+	      $$(grep '^onnxruntime==' requirements.lock) $$peer; } || exit 1; done
 	$(BIN)/jupyter nbconvert --to notebook --execute --output-dir build notebooks/benchmarks/*.ipynb
 
 format: $(INSTALLED) ## put code and notebooks in the project's style

@@ -1,5 +1,6 @@
 """`measure.load` against servers whose speed and failures are known."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from workbench.measure.load import Request, load
+from workbench.measure.load import Request, load, wrk
 
 
 @contextmanager
@@ -134,3 +135,29 @@ def test_no_service_and_no_http_are_refused():
         load({})
     with pytest.raises(ValueError, match="http://"):
         Request("127.0.0.1:80")
+
+
+@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed")
+def test_wrk_sends_what_load_sends_and_counts_alike():
+    with service(lambda number: (200 if number % 4 else 503, 0.005)) as (url, seen):
+        request = Request(url, {"inputs": [[1.5, "a]=b"]]}, {"X-Key": "k"})
+        row = wrk({"it": request}, clients=[2], seconds=1).iloc[0]
+    assert {body for _, body, _ in seen} == {b'{"inputs": [[1.5, "a]=b"]]}'}
+    assert row["name"] == "it"
+    assert row["clients"] == 2
+    assert row["answers"] / (row["answers"] + row["failed"]) == pytest.approx(0.75, abs=0.05)
+    assert row["p99_ms"] >= row["p50_ms"] > 4
+
+
+def test_wait_ends_when_somebody_answers():
+    with service(lambda number: (500, 0)) as (url, seen):
+        Request(url, {"a": 1}).wait()
+        assert seen[0][1] == b'{"a": 1}'
+    with pytest.raises(TimeoutError, match=r"nobody answers at .* within 0.3 s"):
+        Request(url).wait(0.3)
+
+
+def test_wrk_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="wrk is not installed"):
+        wrk({"it": Request("http://127.0.0.1:1/")})
