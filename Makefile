@@ -13,8 +13,11 @@ SETTINGS := .venv/etc/jupyter/labconfig/default_setting_overrides.json
 NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
   {"fetchNews": "false", "checkForUpdates": false}}
 
+# The packages of one extra in pyproject.toml, for those that pip must not resolve with the others.
+packages = $$(sed -n '/^$(1) = /,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
+
 .DEFAULT_GOAL := help
-.PHONY: help lab test report models experiments bench format lock clean
+.PHONY: help lab test report results workshop models experiments bench format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -32,6 +35,12 @@ report: $(INSTALLED) ## the main comparison as one HTML page: build/report.html
 	@mkdir -p build
 	$(BIN)/python -m workbench.explore.report --output build/report.html
 
+results: $(INSTALLED) ## measure the figures of the README again: data/results (half an hour)
+	$(BIN)/python -m workbench.explore.results $(ARGS)
+
+workshop: $(INSTALLED) ## the students' edition of the notebooks: build/workshop
+	$(BIN)/python -m workbench.explore.workshop build/workshop $(ARGS)
+
 models: $(INSTALLED) ## train the reference networks again (hours on two cores)
 	$(BIN)/python data/models/train.py $(ARGS)
 
@@ -40,9 +49,8 @@ experiments: $(INSTALLED) ## measure again what the notebooks only show (hours o
 
 bench: $(INSTALLED) ## side by side with other tools; installs the extra [bench] first
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c requirements.lock -e ".[bench]"
-	$(BIN)/python -m pip install --quiet --no-deps \
-	  $$(sed -n '/^bench-alone/,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
-	for peer in $$(sed -n '/^bench-servers/,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml); do \
+	$(BIN)/python -m pip install --quiet --no-deps $(call packages,bench-alone)
+	for peer in $(call packages,bench-servers); do \
 	  room=build/peers/$${peer%%==*}; test -x $$room/bin/$${peer%%==*} || { \
 	    $(PYTHON) -m venv $$room && $$room/bin/python -m pip install --quiet \
 	      $$(grep '^onnxruntime==' requirements.lock) $$peer; } || exit 1; done
@@ -77,6 +85,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps $(call packages,alone)
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@mkdir -p $(dir $(SETTINGS)) && echo '$(NO_NEWS)' > $(SETTINGS)
 	@touch $@

@@ -1,6 +1,6 @@
-"""The first notebook and its panel, in a real JupyterLab and a real Chromium.
+"""Panels in a real JupyterLab and a real Chromium: that of the first notebook, and every kind.
 
-Set ``WORKBENCH_SCREENSHOT`` to a path to keep the picture of the panel that is taken on the way.
+Set ``WORKBENCH_SCREENSHOT`` to a folder to keep the pictures that are taken on the way.
 """
 
 import os
@@ -18,7 +18,38 @@ import psutil
 import pytest
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-START = "00_start_here.ipynb"
+START, PANELS = "00_start_here.ipynb", "panels.ipynb"
+# One of each kind. Among thousands of made-up candidates, none of which is small or good, a few are
+# real and can be opened.
+CELLS = (
+    """
+import warnings
+from dataclasses import replace
+import numpy as np, pandas as pd
+from workbench import compress, data, models
+from workbench.compress import QuantizeWeights, Recipe
+from workbench.explore import panels
+warnings.simplefilter("ignore")
+task, model = data.fashion_mnist(), models.pretrained("lenet-300-100")
+few = replace(task, validation=task.validation.subset(200))
+rows = [panels.attempt(model, few, None)]
+for bits in (2, 4, 8):
+    step = QuantizeWeights(bits=bits)
+    rows.append(panels.attempt(model, few, step) | {"recipe": Recipe(step).to_json()})
+draw, count = np.random.default_rng(0), 5000
+crowd = pd.DataFrame({
+    "name": [f"candidate {i}" for i in range(count)], "technique": "made up",
+    "simulated": False, "size_bytes": draw.uniform(2e5, 1e6, count),
+    "score": draw.uniform(0.5, 0.8, count), "latency_ms": draw.uniform(0.1, 0.3, count),
+})
+frame = pd.concat([pd.DataFrame(rows), crowd], ignore_index=True)
+lost = compress.sensitivity(model, few, QuantizeWeights, [2, 4, 8], progress=False)
+table = panels.layer_table(model, task, lost)
+""",
+    "panels.Tradeoff(frame, models={'as it is': model}, task=few)",
+    "panels.layer_view(model, table, lost)",
+    "panels.playground(model, task, examples=200)",
+)
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -51,13 +82,16 @@ def absent(reason: str) -> None:
 
 @pytest.fixture
 def lab(tmp_path) -> Iterator[str]:
-    """JupyterLab on a copy of the notebooks; gives the address that opens the first one."""
+    """JupyterLab on a copy of the notebooks and one of panels; gives the address of notebooks."""
     root = shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
     notebook = nbformat.read(root / START, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":  # what is to be seen then was made by this run
             cell.outputs, cell.execution_count = [], None
     nbformat.write(notebook, root / START)
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in CELLS]
+    kernel = {"kernelspec": notebook.metadata.kernelspec}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), root / PANELS)
     # Cells out of sight are laid out too: what is not has no size, and counts as not there.
     settings = tmp_path / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
@@ -80,7 +114,7 @@ def lab(tmp_path) -> Iterator[str]:
         server = psutil.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, log)
-        yield f"http://127.0.0.1:{port}/lab/tree/{START}?token={token}"
+        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
     finally:
         stop(server)
 
@@ -106,8 +140,8 @@ def stop(server: psutil.Popen) -> None:
     psutil.wait_procs(alive, timeout=5)
 
 
-def run_all(page) -> None:
-    """Run every cell in a fresh kernel, until the panel is there.
+def run_all(page, count: int = 1) -> None:
+    """Run every cell in a fresh kernel, until ``count`` panels are there.
 
     While the page still loads, it has cells already, and an indicator that says idle; what is
     clicked then is lost. Only the status bar tells. Messages of the kernel can be lost as well
@@ -127,7 +161,7 @@ def run_all(page) -> None:
             prompt.get_by_text("[*]:").or_(prompt.get_by_text("[1]:")).first.wait_for(
                 timeout=20_000
             )
-            panel_of(page).get_by_role("status").wait_for()
+            panel_of(page).nth(count - 1).get_by_role("status").first.wait_for()
             page.get_by_text(IDLE).wait_for()
             return
         except TimeoutError:
@@ -139,16 +173,32 @@ def panel_of(page):
     return page.locator(".jp-OutputArea-output").filter(has=page.get_by_role("status"))
 
 
-def test_panel_answers_to_keyboard_and_mouse(lab, browser, tmp_path):
+def opened(browser, address: str, width: int, panels: int):
+    """The page of a notebook, with every cell run."""
     from playwright.sync_api import expect
 
-    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page = browser.new_page(viewport={"width": width, "height": 1000})
     page.set_default_timeout(WITHIN_MS)
     page.on("dialog", lambda dialog: dialog.accept())  # yes, leave a changed notebook
     expect.set_options(timeout=30_000)
-    page.goto(lab)
-    run_all(page)
+    page.goto(address)
+    run_all(page, panels)
+    return page
 
+
+def keep(panel, tmp_path: Path, name: str) -> None:
+    """Take a picture of the panel."""
+    panel.page.wait_for_timeout(500)  # until the browser has painted the picture
+    path = Path(os.environ.get("WORKBENCH_SCREENSHOT") or tmp_path, f"{name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    panel.screenshot(path=path)
+    assert path.stat().st_size > 10_000
+
+
+def test_panel_answers_to_keyboard_and_mouse(lab, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    page = opened(browser, lab.format(START), 1280, 1)
     panel = panel_of(page)
     answer, picture = panel.get_by_role("status"), panel.locator("img")
     expect(answer).to_contain_text("remain")
@@ -167,14 +217,117 @@ def test_panel_answers_to_keyboard_and_mouse(lab, browser, tmp_path):
     click_at(page, size, 0.6)  # some candidates fit, some do not
     expect(answer).not_to_have_text(smallest)
     expect(picture).not_to_have_attribute("src", narrowed)
-    page.wait_for_timeout(500)  # until the browser has painted the picture
-    path = Path(os.environ.get("WORKBENCH_SCREENSHOT") or tmp_path / "panel.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    panel.screenshot(path=path)
-    assert path.stat().st_size > 10_000
+    keep(panel, tmp_path, "start")
 
     click_at(page, size, 1.0)  # any size again
     expect(answer).to_have_text(before)
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_every_kind_of_panel_answers_to_keyboard_and_mouse(lab, browser, tmp_path, width):
+    page = opened(browser, lab.format(PANELS), width, 3)
+    tradeoff, layers, playground = panel_of(page).all()
+    narrow_the_tradeoff(page, tradeoff, tmp_path, width)
+    open_a_candidate(page, tradeoff, tmp_path, width)
+    look_at_a_layer(page, layers, tmp_path, width)
+    play(page, playground, tmp_path, width)
+    for panel in (tradeoff, layers, playground):
+        assert fits(panel)
+
+
+def narrow_the_tradeoff(page, panel, tmp_path, width) -> None:
+    """Fifty moves by keyboard come to few drawings; so does a click."""
+    from playwright.sync_api import expect
+
+    answer, picture = panel.get_by_role("status").first, panel.locator("img").first
+    before = answer.inner_text()
+    size = panel.locator(".widget-hslider").filter(has_text="Size at most")
+    size.scroll_into_view_if_needed()
+    drawings = watch(picture)
+    size.locator(".noUi-handle").focus()
+    for _ in range(25):
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowDown")
+    expect(answer).not_to_have_text(before)
+    expect(answer).to_contain_text("simulated candidates have no speed")
+    page.wait_for_timeout(1500)  # for whatever else might be drawn
+    assert 1 <= drawings() <= 15
+    click_at(page, size, 0.55)
+    expect(answer).to_contain_text("remain.")
+    keep(panel, tmp_path, f"tradeoff-{width}")
+
+
+def open_a_candidate(page, panel, tmp_path, width) -> None:
+    """The smallest, by keyboard alone: chosen from the list, its code read, its bytes opened."""
+    from playwright.sync_api import expect
+
+    panel.get_by_label("Find the").select_option("smallest")
+    expect(panel.get_by_label("Look at")).to_have_value("QuantizeWeights(bits=2)")
+    code = panel.locator("pre")
+    expect(code).to_contain_text("QuantizeWeights(bits=2)")
+    panel.get_by_label("Look at").focus()
+    page.keyboard.press("ArrowDown")
+    expect(code).not_to_contain_text("bits=2")
+    expect(code).to_contain_text("QuantizeWeights")
+    page.keyboard.press("Tab")  # to the button
+    page.keyboard.press("Enter")
+    expect(panel).to_contain_text("answers are the same")
+    expect(panel.locator("img").nth(1)).to_be_visible()
+    keep(panel, tmp_path, f"opened-{width}")
+
+
+def look_at_a_layer(page, panel, tmp_path, width) -> None:
+    from playwright.sync_api import expect
+
+    answer, picture = panel.get_by_role("status"), panel.locator("img")
+    before, drawn = answer.inner_text(), picture.get_attribute("src")
+    chosen = panel.get_by_label("Layer")
+    chosen.scroll_into_view_if_needed()
+    chosen.focus()
+    page.keyboard.press("ArrowDown")
+    expect(answer).not_to_have_text(before)
+    expect(picture).not_to_have_attribute("src", drawn)
+    chosen.select_option(index=0)
+    expect(answer).to_have_text(before)
+    keep(panel, tmp_path, f"layer-{width}")
+
+
+def play(page, panel, tmp_path, width) -> None:
+    from playwright.sync_api import expect
+
+    answer = panel.get_by_role("status")
+    panel.get_by_label("Technique").select_option("prune weights")
+    expect(answer).to_contain_text("Prune(sparsity=0.3)")
+    setting = panel.locator(".widget-hslider").filter(has_text="Setting")
+    setting.locator(".noUi-handle").focus()
+    page.keyboard.press("End")
+    expect(answer).to_contain_text("Prune(sparsity=0.95)")
+    click_at(page, setting, 0.4)
+    expect(answer).to_contain_text("Prune(sparsity=0.7)")
+    keep(panel, tmp_path, f"playground-{width}")
+
+
+def watch(picture):
+    """A function that tells how often the picture has changed since."""
+    picture.evaluate(
+        """image => {
+            image.drawings = 0
+            const count = () => { image.drawings += 1 }
+            new MutationObserver(count).observe(image, {attributeFilter: ["src"]})
+        }"""
+    )
+    return lambda: picture.evaluate("image => image.drawings")
+
+
+def fits(panel) -> bool:
+    """Whether nothing of the panel reaches out of it to the right."""
+    return panel.evaluate(
+        """panel => {
+            const right = panel.getBoundingClientRect().right + 1
+            const parts = [...panel.querySelectorAll("img, select, button, .noUi-base, pre, p")]
+            return parts.every(part => part.getBoundingClientRect().right <= right)
+        }"""
+    )
 
 
 def click_at(page, slider, share: float) -> None:

@@ -81,7 +81,7 @@ def test_checksums_cover_every_data_file():
     present = {
         path.relative_to(data.folder()).as_posix()
         for path in data.folder().rglob("*.*")
-        if path.suffix in {".gz", ".xz", ".safetensors", ".json", ".csv"}
+        if path.suffix in {".gz", ".xz", ".safetensors", ".json", ".csv", ".jpg"}
     }
     assert present == listed
 

@@ -1,5 +1,8 @@
 """The exercises' mechanism, and each exercise with right and wrong answers."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +131,113 @@ def test_text_is_does_not_mind_case_and_spaces():
 def test_returns_wants_every_case():
     assert returns([((1, 2), 3), ((2, 2), 4)])(lambda a, b: a + b)
     assert not returns([((1, 2), 3), ((3, 3), 9)])(lambda a, b: a + b)
+
+
+def test_several_answers_are_told_one_by_one_and_in_full():
+    shown = exercises.check_all({"02.1": None, "01.3": ..., "02.2": 2560})
+    lines = repr(shown).splitlines()
+    assert lines[0] == repr(check("02.1", None))
+    assert lines[0].endswith(exercises.EXERCISES["02.1"].hint)
+    assert lines[1:] == [repr(check("01.3", ...)), repr(check("02.2", 2560))]
+    assert shown._repr_html_().count("<p>") == 3
+    assert [feedback.right for feedback in shown] == [False, None, True]
+
+
+@pytest.fixture
+def sheet(tmp_path, monkeypatch):
+    """A folder, as a notebook sees it, in which a score is kept."""
+    monkeypatch.chdir(tmp_path)
+    return exercises.keep_scores()
+
+
+def test_no_score_is_kept_unless_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check("01.3", 1.82)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"no score is kept in .*keep_scores\(\)"):
+        exercises.scores()
+
+
+def test_a_new_sheet_is_empty_and_an_old_one_goes_on(sheet):
+    assert not exercises.scores()["right"].any()
+    check("01.3", 1.82)
+    assert exercises.keep_scores() == sheet
+    assert exercises.scores()["right"].sum() == 1
+
+
+def test_scores_count_hints_until_the_answer_is_right(sheet):
+    for answer in (..., 1, 2, ..., 1.82, 3):
+        check("01.3", answer)
+    check("01.1", "many")
+    frame = exercises.scores()
+    assert list(frame.index) == sorted(exercises.EXERCISES)
+    assert frame.loc["01.3", ["right", "hints"]].tolist() == [True, 2]
+    assert frame.loc["01.1", ["right", "hints"]].tolist() == [False, 1]
+    assert frame.loc["01.2", ["right", "hints", "when"]].tolist() == [False, 0, ""]
+    assert frame["right"].sum() == 1
+    assert frame["hints"].sum() == 3
+
+
+def test_unanswered_exercises_and_unknown_ones_leave_no_line(sheet):
+    check("01.3", ...)
+    with pytest.raises(ValueError, match="no exercise"):
+        check("99.1", 1)
+    assert sheet.read_bytes() == b""
+
+
+def test_feedback_is_the_same_with_and_without_a_sheet(sheet):
+    kept = [check("01.3", answer) for answer in (1, 1.82, ...)]
+    sheet.unlink()
+    assert kept == [check("01.3", answer) for answer in (1, 1.82, ...)]
+
+
+def test_scores_list_the_exercises_of_the_notebooks_beside_the_sheet(sheet):
+    (sheet.parent / "01_measuring.ipynb").touch()
+    check("02.2", 2560)
+    assert list(exercises.scores().index) == ["01.1", "01.2", "01.3", "02.2"]
+    assert exercises.scores(sheet.parent).equals(exercises.scores())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"exercise": "01.1", "ri', b"\xff\xfe\n", b"[]\n7\nnull\n", b'{"exercise": "99.1"}',
+     b'{"exercise": ["01.1"], "right": true, "when": ""}',
+     b'{"exercise": "01.1", "right": "yes", "when": ""}',
+     b'{"exercise": "77.1", "right": true, "when": ""}'],
+)  # fmt: skip
+def test_a_damaged_line_spoils_no_other(sheet, damage):
+    check("01.3", 1)
+    with sheet.open("ab") as file:
+        file.write(damage)
+    check("01.3", 1.82)
+    frame = exercises.scores()
+    assert frame.loc["01.3", ["right", "hints"]].tolist() == [True, 1]
+    assert frame["right"].sum() == 1
+    assert frame["hints"].sum() == 1
+
+
+def test_a_sheet_that_cannot_be_written_warns_and_the_answer_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / exercises.SHEET).mkdir()
+    with pytest.warns(UserWarning, match="score sheet could not be written"):
+        assert check("01.3", 1.82).right
+
+
+ANSWER_OFTEN = """
+import sys
+from workbench.explore import exercises
+for _ in range(200):
+    exercises.check(sys.argv[1], None)
+exercises.check("01.3", 1.82)
+"""
+
+
+def test_several_notebooks_share_a_sheet(sheet):
+    kernels = [
+        subprocess.Popen([sys.executable, "-c", ANSWER_OFTEN, number], cwd=sheet.parent)
+        for number in ("00.1", "01.1", "03.3")
+    ]
+    assert [kernel.wait() for kernel in kernels] == [0, 0, 0]
+    frame = exercises.scores()
+    assert frame["hints"][["00.1", "01.1", "03.3"]].tolist() == [200, 200, 200]
+    assert frame["right"]["01.3"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from networks import two_inputs
 from torch import nn
 
-from workbench import compress, data, measure, models, training
+from workbench import compress, data, measure, models, storage, training
 from workbench.compress import low_rank
 from workbench.compress.low_rank import factorize
 from workbench.compress.weight_sharing import share_weights
@@ -329,3 +329,31 @@ def test_the_callers_model_is_unchanged():
     target = torch.randint(0, 4, (16,), generator=torch.Generator().manual_seed(0))
     task = data.task((*inputs, target), (*inputs, target), (*inputs, target))
     assert small(*task.example_input).shape == (1, 4)
+
+
+def test_an_embedding_becomes_a_narrow_one_and_a_linear_layer(tmp_path):
+    torch.manual_seed(0)
+    table = torch.randn(50, 4) @ torch.randn(4, 16)  # of rank 4
+    table[2] = 0
+    model = nn.Sequential(nn.Embedding(50, 16, padding_idx=2), nn.Linear(16, 3))
+    model[0].weight.data = table
+    small = factorize(model, rank={"0": 4})
+    codes = torch.arange(50).view(5, 10)
+    torch.testing.assert_close(small(codes), model(codes), rtol=1e-4, atol=1e-4)
+    narrow, wide = small[0]
+    assert (tuple(narrow.weight.shape), tuple(wide.weight.shape)) == ((50, 4), (16, 4))
+    assert (narrow.padding_idx, wide.bias) == (2, None)
+    assert torch.equal(small[0](torch.tensor([2])), torch.zeros(1, 16))
+    fewer = factorize(model, rank={"0": 2})[0](codes)
+    u, s, v = torch.linalg.svd(table)
+    best = u[:, :2] * s[:2] @ v[:2]
+    torch.testing.assert_close(fewer.flatten(0, 1), best, rtol=1e-4, atol=1e-4)
+    storage.save(small, tmp_path / "small.safetensors", progress=False)
+    again = storage.load(tmp_path / "small.safetensors", into=model)
+    assert torch.equal(again(codes), small(codes))
+
+
+def test_an_embedding_that_changes_when_it_is_read_is_left():
+    model = nn.Sequential(nn.Embedding(50, 16, max_norm=1.0), nn.Linear(16, 16))
+    small = factorize(model, rank=2)
+    assert "max_norm" in compress.coverage(small).set_index("layer").reason["0"]

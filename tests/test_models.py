@@ -152,10 +152,11 @@ def test_stored_type_is_that_of_the_record(name):
     assert weights == {getattr(torch, models.record(name)["stored_dtype"])}
 
 
-def test_models_together_stay_under_30_mb():
+def test_models_together_stay_under_35_mb():
     files = list((data.folder() / "models").glob("*.safetensors"))
-    assert {path.stem for path in files} == set(models.names())
-    assert sum(path.stat().st_size for path in files) <= 30_000_000
+    others = {"efficientnet_lite0_fp16", "minilm-films"}
+    assert {path.stem for path in files} == {*models.names(), *others}
+    assert sum(path.stat().st_size for path in files) <= 35_000_000
 
 
 def test_altered_weights_are_refused(tmp_path, monkeypatch):

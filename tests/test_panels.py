@@ -1,22 +1,37 @@
-"""The panel, driven without a kernel, and the pure functions behind it."""
+"""The panels, driven without a kernel, and the pure functions behind them."""
 
+import asyncio
 import math
+from functools import partial
 
 import frames
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from workbench.explore import plots
-from workbench.explore.panels import (
+from workbench import compress, data, models, storage, training
+from workbench.compress import FineTune, Prune, QuantizeDynamic, QuantizeWeights, Recipe
+from workbench.explore import difference, panels, plots
+from workbench.explore.code import code_of
+from workbench.explore.limits import (
     OBJECTIVES,
-    Explorer,
     Limits,
-    Tradeoff,
     remaining,
     score_lost,
     tightest,
     winner,
+)
+from workbench.explore.panels import (
+    Explorer,
+    Tradeoff,
+    attempt,
+    layer_table,
+    layer_view,
+    playground,
 )
 
 FRAME = frames.frame()
@@ -190,6 +205,13 @@ def test_the_panel_needs_six_columns_only():
         Tradeoff(frame.drop(columns="score"))
 
 
+def test_rows_may_lack_the_verdict_that_others_have():
+    frame = pd.concat([FRAME[:4], FRAME[4:5].drop(columns="verdict")], ignore_index=True)
+    assert "<b>int8 per tensor</b>: 722 kB, accuracy 93.3%, 0.73 ms. 5 of 5" in (
+        Tradeoff(frame).answer.value
+    )
+
+
 def test_a_lower_is_better_metric_is_limited_in_its_own_unit():
     panel = Tradeoff(frames.bits_frame())
     assert [label for label, _ in panel.lost.options][:3] == ["0", "0.01", "0.02"]
@@ -244,3 +266,248 @@ def test_explorer_announces_its_line_as_text():
 def test_explorer_needs_choices(settings):
     with pytest.raises(ValueError, match="give each at least one choice"):
         explorer(**settings)
+
+
+def test_choices_can_depend_on_the_setting_before():
+    levels = {"bits": {"8 bits": 8, "4 bits": 4}, "sparsity": {"half": 0.5}}
+    panel, asked = explorer(technique=["bits", "sparsity"], level=lambda t: levels[t])
+    panel.controls["level"].value = 4
+    panel.controls["technique"].value = "sparsity"
+    assert type(panel.controls["level"]).__name__ == "SelectionSlider"
+    assert panel.settings == {"technique": "sparsity", "level": 0.5}
+    drawn = [(settings["technique"], settings["level"]) for settings in asked]
+    assert dict.fromkeys(drawn) == dict.fromkeys([("bits", 8), ("bits", 4), ("sparsity", 0.5)])
+
+
+def test_fifty_moves_in_a_browser_are_drawn_once_they_rest(monkeypatch):
+    panel, asked = explorer(bits=list(range(60)))
+
+    async def move():
+        monkeypatch.setattr(panels, "_loop_of_browser", asyncio.get_running_loop)
+        monkeypatch.setattr(panels, "_REST_S", 0.05)
+        for bits in range(1, 51):
+            panel.controls["bits"].value = bits
+            await asyncio.sleep(0.001)
+        drawn = len(asked)
+        await asyncio.sleep(0.5)
+        return drawn
+
+    assert asyncio.run(move()) < 10  # more than one only where the machine was held up
+    assert asked[-1] == {"bits": 50}
+    assert len(asked) < 10
+
+
+def test_changes_made_by_a_cell_are_drawn_at_once_even_in_an_event_loop():
+    async def move():
+        panel, asked = explorer(bits=[2, 4])
+        panel.controls["bits"].value = 4
+        return asked
+
+    assert asyncio.run(move())[-1] == {"bits": 4}
+
+
+RECIPES = {
+    "three bits": Recipe(QuantizeWeights(bits=3)),
+    "pruned": Recipe(Prune(sparsity=0.5), QuantizeWeights(bits=4)),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A network of three classes, its task, and a frame of two recipes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(900, 6, generator=generator)
+    parts = zip(x.split(300), x[:, :3].argmax(1).split(300), strict=True)
+    splits = [data.Split(torch.utils.data.TensorDataset(*part)) for part in parts]
+    task = data.Task("three classes", *splits, labels=("a", "b", "c"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3))
+    training.fit(model, task, epochs=5, progress=False)
+    rows = [attempt(model, task, None)]
+    for name, recipe in RECIPES.items():
+        made = recipe(model, task, progress=False)
+        score = training.evaluate(made, task, split="validation").value
+        rows.append(rows[0] | {
+            "name": name, "technique": " + ".join(compress.steps(made)), "simulated": True,
+            "size_bytes": models.file_bytes(made), "score": score, "verdict": "",
+            "recipe": recipe.to_json(),
+        })  # fmt: skip
+    return model, task, pd.DataFrame(rows)
+
+
+def test_looking_at_a_candidate_shows_code_that_makes_its_recipe(small):
+    panel = Tradeoff(small[2])
+    panel.objective.value = "smallest"
+    assert panel.candidate.value == panel.winner["name"] == "three bits"
+    assert set(panel.candidate.options) <= set(small[2]["name"])
+    assert "QuantizeWeights(bits=3)" in panel.recipe.value
+    assert 'tabindex="0"' in panel.recipe.value
+
+
+def test_the_list_to_look_at_is_the_front_of_what_remains(small):
+    frame = small[2]
+    panel = Tradeoff(frame)
+    set_label(panel.size, panel.size.options[0][0])
+    left = panel.remaining
+    assert 0 < len(left) < len(frame)
+    assert set(panel.candidate.options) == set(plots.pareto_front(left))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model given", "made by its recipe"])
+def test_opening_a_candidate_shows_its_bytes_and_changed_answers(small, given, tmp_path):
+    model, task, frame = small
+    made = RECIPES["three bits"](model, task, progress=False)
+    known = {"as it is": model} | ({"three bits": made} if given else {})
+    panel = Tradeoff(frame, models=known, task=task)
+    panel.candidate.value = "three bits"
+    assert panel.inside.layout.display == "none"
+    panel.opener.click()
+    account = storage.save(made, tmp_path / "model.safetensors", codec="plain", progress=False)
+    assert panel.inside.value == plots.ledger(account).png()
+    found = difference(model, made, task, split="validation")
+    assert repr(found).split(";")[0] in panel.opened.value
+    assert not panel.opener.disabled
+    panel.candidate.value = panel.candidate.options[-1]
+    if panel.candidate.value != "three bits":
+        assert panel.opened.value == ""
+        assert panel.inside.layout.display == "none"
+
+
+def test_what_cannot_be_opened_says_why(small):
+    model, task, frame = small
+    panel = Tradeoff(frame.drop(columns="recipe"), models={"as it is": model}, task=task)
+    panel.candidate.value = "three bits"
+    panel.opener.click()
+    assert "three bits is not among the models and has no recipe" in panel.opened.value
+    assert not panel.opener.disabled
+
+
+def test_models_come_with_their_task_and_their_baseline(small):
+    model, task, frame = small
+    with pytest.raises(ValueError, match="both models and task"):
+        Tradeoff(frame, models={"as it is": model})
+    with pytest.raises(ValueError, match="the baseline, 'as it is' has to be among them"):
+        Tradeoff(frame, models={"other": model}, task=task)
+
+
+def test_without_recipes_and_models_there_is_nothing_to_open(panel):
+    assert panel.candidate not in [
+        c for row in panel.children for c in getattr(row, "children", [])
+    ]
+    assert len(panel.children) == 4
+
+
+def test_five_thousand_candidates_are_drawn_as_a_crowd():
+    generator = np.random.default_rng(0)
+    count = 5000
+    frame = pd.DataFrame({
+        "name": [f"candidate {i}" for i in range(count)], "technique": "none", "simulated": False,
+        "size_bytes": generator.uniform(1e4, 1e5, count), "score": generator.uniform(0, 1, count),
+        "latency_ms": generator.uniform(1, 2, count),
+    })  # fmt: skip
+    panel = Tradeoff(frame)
+    set_label(panel.size, "30 kB")
+    assert set(panel.remaining["name"]) == set(frame["name"][frame["size_bytes"] <= 3e4])
+    assert len(panel.picture.value) < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        RECIPES["pruned"],
+        Recipe(
+            FineTune(optimizer=partial(torch.optim.SGD, lr=0.1)), QuantizeWeights(bits={"0": 2})
+        ),
+    ],
+)
+def test_code_makes_the_recipe_and_applies_it(recipe):
+    names = {"model": "a model", "task": "a task"}
+    lines, _, last = code_of(recipe).rpartition("\n")
+    exec(lines, names)
+    assert names["recipe"] == recipe
+    assert last == "small = recipe(model, task)"
+
+
+@pytest.fixture(scope="module")
+def lost(small):
+    model, task, _ = small
+    return compress.sensitivity(model, task, QuantizeWeights, [2, 8], progress=False)
+
+
+def test_layer_table_shares_are_of_the_file_and_of_the_work(small, lost):
+    model, task, _ = small
+    table = layer_table(model, task, lost)
+    assert table["layer"].tolist() == ["0", "2"]
+    assert table["weights"].tolist() == [192, 96]
+    assert table["macs"].tolist() == [192, 96]
+    assert table["mac_share"].tolist() == pytest.approx([2 / 3, 1 / 3])
+    shares = table["size_bytes"] / models.file_bytes(model)
+    assert table["byte_share"].tolist() == pytest.approx(shares.tolist())
+    values = torch.linalg.svdvals(model[0].weight.detach().double()).numpy()
+    assert table["directions"][0] == plots.rank_for(values, 0.9)
+    assert table["drop"].tolist() == [lost["drop"][:2].max(), lost["drop"][2:].max()]
+
+
+def test_layer_view_says_what_the_chosen_layer_has(small, lost):
+    model, task, _ = small
+    panel = layer_view(model, layer_table(model, task, lost), lost)
+    before = bytes(panel.picture.value)
+    panel.controls["layer"].value = "2"
+    assert "2 (Linear): 96 weights" in panel.answer.value
+    assert "96 multiplications, 33.3% of all" in panel.answer.value
+    assert bytes(panel.picture.value) != before
+
+
+def test_an_attempt_is_scored_on_validation_and_says_what_was_left(small):
+    model, task, _ = small
+    row = attempt(model, task, QuantizeWeights(bits=2, skip=["2"]))
+    made = compress.quantize_weights(model, bits=2, skip=["2"])
+    assert row["size_bytes"] == models.file_bytes(made)
+    assert row["score"] == training.evaluate(made, task, split="validation").value
+    assert row["agreement"] == difference(model, made, task, split="validation").agreement
+    assert row["left"] == "1 of 2 layers quantized, 66.7% of the weights; left 2: in skip"
+    assert row["simulated"]
+    assert row["error"] == ""
+
+
+def test_an_attempt_that_does_nothing_says_so_without_a_warning(small, recwarn):
+    model, task, _ = small
+    row = attempt(model, task, QuantizeDynamic(minimum_weights=10_000))
+    assert row["left"].startswith("nothing quantized")
+    assert not recwarn.list
+
+
+def test_a_refused_attempt_keeps_the_words_of_the_technique(small):
+    model, task, _ = small
+    row = attempt(model, task, QuantizeWeights(bits=99))
+    assert "bits" in row["error"]
+    assert math.isnan(row["score"])
+
+
+def test_the_playground_keeps_every_result(small):
+    model, task, _ = small
+    panel = playground(model, task, examples=100)
+    assert "QuantizeWeights(bits=8)" in panel.answer.value
+    panel.controls["technique"].value = "prune weights"
+    panel.controls["setting"].value = Prune(sparsity=0.95)
+    assert "Prune(sparsity=0.95): " in panel.answer.value
+    assert "2 of 2 layers pruned" in panel.answer.value
+    labels = [label for label, _ in panel.controls["setting"].options]
+    assert labels[0] == "sparsity=0.3"
+
+
+def test_the_playground_says_what_is_refused(small):
+    model, task, _ = small
+    steps = {"good": [QuantizeWeights()], "bad": [QuantizeWeights(bits=99)]}
+    panel = playground(model, task, techniques=steps)
+    panel.controls["technique"].value = "bad"
+    assert "QuantizeWeights(bits=99) is refused: " in panel.answer.value
+
+
+def test_levels_are_named_by_the_settings_in_which_they_differ():
+    named = {name: list(panels._levels(steps)) for name, steps in panels.TECHNIQUES.items()}
+    assert named["round the weights"] == [f"bits={bits}" for bits in (8, 6, 5, 4, 3, 2)]
+    assert named["prune channels"][0] == "parameters=0.9"
+    assert named["int8, inputs rounded anew"] == ["as usual"]
+    assert all(len(named[name]) == len(steps) for name, steps in panels.TECHNIQUES.items())

@@ -78,7 +78,7 @@ def test_a_simulated_candidate_is_on_the_front_of_size_but_never_of_latency():
 def test_tradeoff_draws_every_measured_candidate_in_both_panels(picture):
     for axes in picture.axes:
         drawn = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
-        assert len(drawn) == 7
+        assert sum(len(line.get_xdata()) for line in drawn) == 7
 
 
 def test_tradeoff_names_every_candidate_that_has_room(picture):
@@ -93,8 +93,8 @@ def test_names_cover_neither_each_other_nor_points(picture):
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
         markers = [line for line in axes.lines if line.get_marker() not in ("None", None, "")]
         for line in markers:
-            x, y = axes.transData.transform(line.get_xydata()[0])
-            assert not any(box.contains(x, y) for box in boxes)
+            for x, y in axes.transData.transform(line.get_xydata()):
+                assert not any(box.contains(x, y) for box in boxes)
 
 
 def text_box(annotation, renderer):
@@ -111,7 +111,7 @@ def test_failed_candidate_is_told_below_and_not_drawn(picture):
 def test_simulated_candidates_are_hollow_and_the_legend_says_so(picture):
     axes = picture.axes[0]
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
-    assert sorted(line.get_xdata()[0] for line in hollow) == [201.304, 372.416]
+    assert sorted(x for line in hollow for x in line.get_xdata()) == [201.304, 372.416]
     assert "hollow: simulated" in legend_of(picture)
     real = frames.frame(frames.ROWS[:3])
     assert "hollow: simulated" not in legend_of(plots.tradeoff(real))
@@ -156,7 +156,29 @@ def test_what_is_not_kept_is_grey_and_without_a_name():
     assert sorted(texts_of(axes)) == ["4 bits", "fp32"]
     faint = [line for line in axes.lines if line.get_marker() in ("o", "s", "^")
              and line.get_color() == plots.FAINT]  # fmt: skip
-    assert len(faint) == 5
+    assert sum(len(line.get_xdata()) for line in faint) == 5
+
+
+@pytest.mark.parametrize("count", [80, 81])
+def test_a_crowd_is_drawn_small_without_bars_and_names_only_the_best(count):
+    rows = [("base", *frames.ROWS[0][1:])]
+    rows += [(f"c{i}", *frames.ROWS[3][1:4], 5e5 + 1e4 * i, 0.90 - 1e-4 * i, 1.0, "")
+             for i in range(count - 1)]  # fmt: skip
+    axes = plots.tradeoff(frames.frame(rows), winner="c0").axes[0]
+    points = [line for line in axes.lines if line.get_marker() == "s"]
+    bars = [line for line in axes.lines if line.get_alpha() == 0.7]
+    crowded = count > 80
+    assert sum(len(line.get_xdata()) for line in points) == count - 1
+    assert {line.get_markersize() for line in points} == {4.0 if crowded else 8.0}
+    assert bool(bars) != crowded
+    if crowded:
+        assert sorted(texts_of(axes)) == ["base", "c0"]
+
+
+def test_tradeoff_without_any_latency_is_one_panel():
+    frame = frames.frame().assign(latency_ms=math.nan)
+    (axes,) = plots.tradeoff(frame, winner="4 bits").axes
+    assert "size" in axes.get_xlabel()
 
 
 def test_a_callable_without_a_size_is_shown_by_its_latency():
@@ -581,3 +603,49 @@ def test_what_paths_cannot_draw(change, message):
     arguments = {"walks": walks_of(1.0), "x": (-1, 5), "y": (-5, 1)} | change
     with pytest.raises(ValueError, match=message):
         plots.paths(bowl, **arguments)
+
+
+def test_singular_values_are_those_of_the_weight_as_a_matrix():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((6, 3, 2), (3, 40), (5, 5)):
+        weight = torch.randn(shape, generator=generator)
+        expected = torch.linalg.svdvals(weight.flatten(1).double()).numpy()
+        np.testing.assert_allclose(plots.singular_values(weight), expected, atol=1e-9)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=12), st.floats(0.01, 1))
+def test_rank_for_is_the_least_number_of_directions(values, energy):
+    values = np.sort(values)[::-1]
+    rank, total = plots.rank_for(values, energy), np.square(values).sum()
+    assert np.square(values[:rank]).sum() >= energy * total * (1 - 1e-9)
+    assert np.square(values[: rank - 1]).sum() < energy * total or rank == 1
+
+
+@pytest.fixture(scope="module")
+def looked_at():
+    """A model, its layers' shares, and how much each loses."""
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.ConvTranspose1d(4, 6, 1))
+    shares = {"layer": ["0", "2"], "byte_share": [0.6, 0.4], "mac_share": [0.2, 0.8]}
+    rows = [("0", 2, 0.3), ("0", 8, 0.0), ("2", 2, 0.1), ("2", 8, 0.0)]
+    lost = pd.DataFrame(rows, columns=["layer", "level", "drop"]).assign(score=0.8)
+    return model, pd.DataFrame(shares), lost
+
+
+def test_layer_points_out_the_chosen_one_among_all(looked_at):
+    model, *_ = looked_at
+    spread, spectrum, loss, shares = plots.layer(*looked_at[:1], "2", *looked_at[1:]).axes
+    assert spread.get_title(loc="left").endswith("24 different values")
+    assert spectrum.lines[0].get_ydata() == pytest.approx(
+        torch.linalg.svdvals(model[2].weight.detach().transpose(0, 1).flatten(1)).numpy(), abs=1e-5
+    )
+    marked = [line for line in loss.lines if line.get_color() == plots.COLOURS[1]]
+    assert [list(line.get_ydata()) for line in marked] == [[0.1, 0.0]]
+    grey, chosen = shares.lines
+    assert (list(grey.get_xdata()), list(grey.get_ydata())) == ([0.2], [0.6])
+    assert (list(chosen.get_xdata()), list(chosen.get_ydata())) == ([0.8], [0.4])
+
+
+def test_layer_names_the_layers_when_there_is_no_such_one(looked_at):
+    model, shares, lost = looked_at
+    with pytest.raises(ValueError, match="layer is '1'; the table has 0, 2"):
+        plots.layer(model, "1", shares, lost)

@@ -1,9 +1,6 @@
-"""Prose, table and page made from a frame."""
+"""Prose and tables made from a frame, and the program that writes the page."""
 
-import os
-import sys
-import types
-from html.parser import HTMLParser
+import inspect
 
 import frames
 import numpy as np
@@ -94,99 +91,22 @@ def test_table_of_a_metric_that_is_no_proportion():
     assert cell == "2.210 (2.200 to 2.220)"
 
 
-class Page(HTMLParser):
-    """Collects tags and text, and checks that every element is closed in order."""
-
-    VOID = ("meta", "img", "br", "link")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text, self.addresses = [], [], "", []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [v for k, v in attributes if k in ("src", "href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
-@pytest.fixture(scope="module")
-def page():
-    frame = FRAME.copy()
-    frame.loc[0, "name"] = "<b>fp32</b>"
-    return report.html(frame, title="A & <B>", hardware={"cores": 2})
-
-
-def test_page_is_whole_and_well_formed(page):
-    assert page.startswith("<!DOCTYPE html>\n<html lang=")
-    parsed = Page(page)
-    assert parsed.tags.count("img") == 1
-    assert parsed.tags.count("tr") == 1 + len(FRAME)
-
-
-def test_page_needs_no_network(page):
-    parsed = Page(page)
-    assert all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
-    assert not {"script", "link", "iframe"} & set(parsed.tags)
-    assert "http" not in page
-
-
-def test_page_escapes_what_the_user_wrote(page):
-    assert "<title>A &amp; &lt;B&gt;</title>" in page
-    assert "<b>fp32</b>" not in page
-    assert "<b>fp32</b>" in Page(page).text
-    assert "layer &lt;conv1&gt; cannot" in page
-
-
-def test_page_tells_findings_hardware_and_versions(page):
-    text = Page(page).text
-    assert (
-        "The fastest: int8 per tensor (722 kB, accuracy 93.3%, 0.73 ms, 5.6 times faster)." in text
-    )
-    assert "cores: 2" in text
-    assert "torch 2." in text
-
-
-def test_a_card_that_draws_itself_is_shown_as_it_is():
-    card = types.SimpleNamespace(_repr_html_=lambda: "<p id='card'>2 cores</p>")
-    assert "<p id='card'>2 cores</p>" in report.html(FRAME[:2], hardware=card)
-
-
-def test_write_html_writes_the_page_and_makes_its_folder(tmp_path):
-    path = report.write_html(FRAME[:2], tmp_path / "build" / "report.html", title="mine")
-    assert "<title>mine</title>" in path.read_text()
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
-
-
-def test_write_html_leaves_the_old_page_when_it_cannot_finish(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_html(FRAME[:2], path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_program_writes_the_main_comparison(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "main_comparison", lambda: FRAME[:2])
-    measure = types.ModuleType("workbench.measure")
-    measure.hardware = lambda: {"cores": 2}
-    monkeypatch.setitem(sys.modules, "workbench.measure", measure)
-    monkeypatch.setattr("workbench.measure", measure, raising=False)
-    report.main(["--output", str(tmp_path / "page.html")])
-    assert "cores: 2" in (tmp_path / "page.html").read_text()
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'page.html'}\n"
+    monkeypatch.setattr(report, "main_models", lambda: ("task", "recipe", {"fp32": 1, "int8": 2}))
+    monkeypatch.setattr(report.measure, "compare", lambda *_: FRAME)
+    given = {}
+    monkeypatch.setattr(report.evidence, "gather", lambda *_, **settings: given.update(settings))
+    monkeypatch.setattr(report, "html", lambda _: "<p>page</p>")
+    path = tmp_path / "build" / "page.html"
+    report.main(["--output", str(path)])
+    assert path.read_text() == "<p>page</p>"
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    assert given["comparison"] is FRAME
+    assert (given["recipe"], given["after"]) == ("recipe", "int8, ORT")
+    assert capsys.readouterr().out == f"wrote {path}\n"
+
+
+def test_the_page_shows_how_the_main_models_are_made():
+    code = inspect.getsource(report.main_models)
+    assert 'models.pretrained("resnet-14")' in code
+    compile(code, "page", "exec")

@@ -1,10 +1,12 @@
 """Data sets and tasks: what a model is for.
 
 A `Task` holds the three splits of a data set, the loss that is trained and the metric that is
-reported. `fashion_mnist` and `austen` read the files committed under ``data/``; `task` makes one
-from a user's own tensors, data sets, loaders or callables.
+reported. `fashion_mnist`, `austen` and `film_sentences` read the files committed under ``data/``;
+`task` makes one from a user's own tensors, data sets, loaders or callables, and `unlabelled` from
+inputs without labels, such as `photo_crops`.
 """
 
+import copy
 import gzip
 import hashlib
 import lzma
@@ -13,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torch.utils.data import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL.Image import Image
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 Source = Dataset | DataLoader | Callable[[], Iterable] | Sequence[Tensor]
@@ -75,6 +78,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 ACCURACY = Metric("accuracy", correct, higher_is_better=True, proportion=True)
+AGREEMENT = Metric("agreement", correct, higher_is_better=True, proportion=True)
 BITS_PER_CHARACTER = Metric("bits per character", bits, higher_is_better=False)
 
 
@@ -276,6 +280,159 @@ NOVELS = (
 )
 
 
+def film_sentences(length: int = 48) -> Task:
+    """Sentences from reviews of films, told apart as blame (0) or praise (1), for MiniLM.
+
+    At least 20 people rated each sentence from -4 to 4; it is praise where their mean is above 0,
+    and the 37 sentences whose mean is 0 are left out. 7,068 training, 1,000 validation and 2,500
+    test sentences, as ``length`` codes each: 48 cut 4 sentences of 100 short.
+
+    Raises:
+        ImportError: the package with MiniLM's vocabulary is not installed.
+        FileNotFoundError, ValueError: the file is missing, truncated or altered.
+
+    Reference: Hutto and Gilbert (2014), "VADER: a parsimonious rule-based model for sentiment
+    analysis of social media text".
+    """
+    from workbench.models import minilm, wordpiece
+
+    pieces = wordpiece.WordPiece.from_file(minilm.package_folder() / "vocab.txt")
+    sentences, ratings = rated_sentences()
+    told = [i for i, rating in enumerate(ratings) if rating]
+    codes = pieces.encode([sentences[i] for i in told], length)
+    praise = torch.tensor([int(ratings[i] > 0) for i in told])
+    order = torch.randperm(len(told), generator=torch.Generator().manual_seed(0))
+
+    def split(start: int, end: int) -> Split:
+        return Split(TensorDataset(codes[order[start:end]], praise[order[start:end]]))
+
+    return Task(
+        "film-sentences",
+        train=split(3_500, len(told)),
+        validation=split(2_500, 3_500),
+        test=split(0, 2_500),
+        labels=("blame", "praise"),
+    )
+
+
+def rated_sentences() -> tuple[list[str], list[float]]:
+    """The sentences that `film_sentences` is made of, in the order of their file, and the mean of
+    their ratings, from -4 (blame) to 4 (praise)."""
+    lines = lzma.decompress(verified("film-sentences.tsv.xz").read_bytes()).decode().splitlines()
+    ratings, sentences = zip(*(line.split("\t") for line in lines), strict=True)
+    return list(sentences), list(map(float, ratings))
+
+
+def photo_crops(
+    count: int, *, part: Literal["calibration", "test"] = "test", seed: int = 0, size: int = 224
+) -> Tensor:
+    """Crops of real photographs, without labels: (count, 3, size, size), as EfficientNet wants.
+
+    Each shows 30 to 100 % of a photograph, at some place, in a shape from 3:4 to 4:3 made square,
+    and half of them mirrored. All photographs of the part are used before one comes again. A crop
+    takes 600 kB at size 224: for thousands, ask in pieces with other seeds.
+
+    Args:
+        part: a quarter of the photographs serves "calibration", the others the "test".
+
+    Raises:
+        ValueError: count, part or size is impossible.
+        FileNotFoundError, ValueError: a file is missing or altered.
+    """
+    if part not in ("calibration", "test"):
+        raise ValueError(f"part is {part!r}; choose 'calibration' or 'test'")
+    for name, value in {"count": count, "size": size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; give a whole number from 1")
+    names = [
+        name for i, name in enumerate(photo_names()) if (i % 4 == 0) == (part == "calibration")
+    ]
+    random = np.random.default_rng(seed)
+    chosen: list[str] = []
+    while len(chosen) < count:
+        chosen += random.permutation(names).tolist()
+    opened = {name: photo(name) for name in sorted(set(chosen[:count]))}
+    crops = [_crop(opened[name], random, size) for name in chosen[:count]]
+    return as_imagenet(torch.from_numpy(np.stack(crops)))
+
+
+def photo_names() -> list[str]:
+    """Names of the photographs in ``data/photos``, whose ``origins.csv`` has author and licence."""
+    lines = verified("photos/origins.csv").read_text().splitlines()[1:]
+    return [line.split(",")[0].removesuffix(".jpg") for line in lines]
+
+
+def photo(name: str) -> "Image":
+    """One photograph of `photo_names`."""
+    from PIL import Image
+
+    return Image.open(verified(f"photos/{name}.jpg")).convert("RGB")
+
+
+def imagenet_labels() -> tuple[str, ...]:
+    """Names of the 1000 classes of ImageNet, in the order of EfficientNet's outputs."""
+    names = lzma.decompress(verified("imagenet-classes.txt.xz").read_bytes()).decode()
+    return tuple(names.splitlines())
+
+
+def as_imagenet(pixels: Tensor) -> Tensor:
+    """Pixels (B, H, W, 3) of 8 bits -> what `models.pretrained("efficientnet-lite0")` reads:
+    (B, 3, H, W), from about -1 to 1."""
+    return (pixels.movedim(-1, 1).float() - 127) / 128
+
+
+def _crop(image: "Image", random: np.random.Generator, size: int) -> np.ndarray:
+    """A part of the image, (size, size, 3), drawn as networks for ImageNet see theirs in training.
+
+    Szegedy et al. (2015), "Going deeper with convolutions", section 6.
+    """
+    from PIL import Image
+
+    area = random.uniform(0.3, 1) * image.width * image.height
+    shape = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width = min(math.sqrt(area * shape), image.width)
+    height = min(math.sqrt(area / shape), image.height)
+    left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+    box = (left, top, left + width, top + height)
+    crop = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return crop[:, ::-1] if random.random() < 0.5 else crop
+
+
+def unlabelled(
+    model: torch.nn.Module,
+    train: Tensor,
+    test: Tensor,
+    validation: Tensor | None = None,
+    *,
+    name: str = "my task",
+) -> Task:
+    """A task whose targets are the model's own answers, for when there are no labels.
+
+    Its metric is the agreement: the share of inputs to which a candidate gives the same answer as
+    ``model`` does. So every technique and `measure.compare` work on it as on any other task.
+
+    Args:
+        model: its outputs have the shape (batch, classes).
+        train, test, validation: inputs; without ``validation``, a tenth of ``train`` is held out.
+
+    >>> net = torch.nn.Linear(4, 3)
+    >>> mine = unlabelled(net, train=torch.randn(20, 4), test=torch.randn(10, 4))
+    >>> mine.metric.name, len(mine.train), len(mine.test)
+    ('agreement', 18, 10)
+    """
+
+    def answered(inputs: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        if inputs is None:
+            return None
+        with torch.inference_mode():
+            answers = torch.cat([work(piece).argmax(-1) for piece in inputs.split(32)])
+        return inputs, answers.clone()
+
+    work = copy.deepcopy(model).eval()
+    splits = {"train": answered(train), "test": answered(test), "validation": answered(validation)}
+    return task(**splits, metric=AGREEMENT, name=name)
+
+
 def flip_and_shift(images: Tensor, generator: torch.Generator, pixels: int = 2) -> Tensor:
     """Mirror half of the images and move each by up to ``pixels`` in both directions.
 
@@ -345,7 +502,7 @@ def verified(name: str) -> Path:
 
 def write_checksums() -> None:
     """Write ``data/SHA256SUMS`` for what lies in the folder now."""
-    patterns = ("*.xz", "*/*.gz", "*/*.safetensors", "*/*.json", "*/*.csv")
+    patterns = ("*.xz", "*/*.gz", "*/*.safetensors", "*/*.json", "*/*.csv", "*/*.jpg")
     root = folder()
     files = sorted(path for pattern in patterns for path in root.glob(pattern))
     lines = [

@@ -1,7 +1,9 @@
 """A model in, a cheaper model out. The model passed in is never changed."""
 
+from workbench.compress.bias_correction import correct_bias
 from workbench.compress.computed import steps, weights
 from workbench.compress.distillation import distill
+from workbench.compress.equalization import equalize_layers
 from workbench.compress.grid import Grid
 from workbench.compress.layers import coverage
 from workbench.compress.low_rank import factorize
@@ -25,6 +27,7 @@ from workbench.compress.recipe import (
     Binarize,
     ClipWeights,
     Distill,
+    EqualizeLayers,
     Factorize,
     FineTune,
     Prune,
@@ -33,13 +36,17 @@ from workbench.compress.recipe import (
     PruneThreshold,
     QuantizeAware,
     QuantizeDynamic,
+    QuantizeGptq,
     QuantizeStatic,
     QuantizeWeights,
     Recipe,
     Run,
     ShareWeights,
+    SmoothActivations,
     Step,
 )
+from workbench.compress.rounding import quantize_gptq
+from workbench.compress.smoothing import smooth_activations
 from workbench.compress.structured import prune_structured
 from workbench.compress.weight_sharing import share_weights
 
@@ -47,6 +54,7 @@ __all__ = [
     "Binarize",
     "ClipWeights",
     "Distill",
+    "EqualizeLayers",
     "Factorize",
     "FineTune",
     "Grid",
@@ -57,16 +65,20 @@ __all__ = [
     "PruneThreshold",
     "QuantizeAware",
     "QuantizeDynamic",
+    "QuantizeGptq",
     "QuantizeStatic",
     "QuantizeWeights",
     "Recipe",
     "Run",
     "ShareWeights",
+    "SmoothActivations",
     "Step",
     "binarize",
     "clip_weights",
+    "correct_bias",
     "coverage",
     "distill",
+    "equalize_layers",
     "factorize",
     "make_permanent",
     "plan",
@@ -76,11 +88,13 @@ __all__ = [
     "prune_threshold",
     "quantize_aware",
     "quantize_dynamic",
+    "quantize_gptq",
     "quantize_static",
     "quantize_weights",
     "rewind",
     "sensitivity",
     "share_weights",
+    "smooth_activations",
     "steps",
     "weights",
 ]

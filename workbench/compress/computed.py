@@ -230,6 +230,11 @@ def layer_type(layer: nn.Module) -> type[nn.Module] | None:
     return cls if cls in _CLASSES else None
 
 
+def inner_dims(layer: nn.Module) -> int:
+    """How many dimensions of a linear or convolution layer's output come after its channels."""
+    return len(getattr(layer, "kernel_size", ()))
+
+
 def weight_names(layer: nn.Module) -> list[str]:
     """Names of the weights (not biases) of a layer that can be computed."""
     if isinstance(layer, RECURRENT):

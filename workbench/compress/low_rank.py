@@ -3,7 +3,8 @@
 A linear layer, or a 1x1 convolution, becomes two, by the singular value decomposition. A larger
 convolution becomes three, by the Tucker decomposition of its channels: 1x1 to fewer inputs, the
 kernel between few channels, 1x1 to all outputs. These are plain layers of torch, so the model is
-truly smaller, and computes less.
+truly smaller, and computes less. An embedding becomes a narrow one and a linear layer to the full
+width.
 
 The energy of a weight is the sum of its squares, which is the sum of its squared singular values.
 
@@ -50,7 +51,7 @@ def factorize(
     rank: int | Mapping[str, int] | None = None,
     skip: Sequence[str] = (),
 ) -> nn.Module:
-    """Replace linear and convolution layers by products of layers of low rank.
+    """Replace linear, convolution and embedding layers by products of layers of low rank.
 
     Give one of the three settings; without any, 90% of the energy is kept. A layer that would not
     get smaller is left, and so is a channel mode of a convolution whose full rank takes fewer
@@ -136,8 +137,10 @@ def _reasons_unfit(model: nn.Module) -> dict[str, str]:
     reasons = {}
     for name, layer in layers_of(model).items():
         kind = layer_type(layer)
-        if kind not in (*LINEAR, *CONVOLUTIONS):
+        if kind not in (*LINEAR, *CONVOLUTIONS, nn.Embedding):
             reasons[name] = f"low rank has no rule for {kind.__name__}"
+        elif getattr(layer, "max_norm", None) is not None:
+            reasons[name] = "an embedding with max_norm, which looking up a word changes"
         elif getattr(layer, "groups", 1) > 1:
             reasons[name] = f"a convolution of {layer.groups} groups"
         elif len(tied := owners[source_of(layer, "weight") or layer.weight]) > 1:
@@ -152,6 +155,8 @@ def _reasons_unfit(model: nn.Module) -> dict[str, str]:
 
 def _shape(layer: nn.Module) -> Shape:
     outputs, inputs, *kernel = weight_of(layer, "weight").shape
+    if layer_type(layer) is nn.Embedding:  # a linear layer that is shown one word of all
+        outputs, inputs = inputs, outputs
     return outputs, inputs, math.prod(kernel)
 
 
@@ -206,7 +211,9 @@ class _Modes:
 
 
 def _modes(layer: nn.Module) -> _Modes:
-    weight = weight_of(layer, "weight").detach().cpu().double().reshape(_shape(layer))
+    weight = weight_of(layer, "weight").detach().cpu().double()
+    weight = weight.T if layer_type(layer) is nn.Embedding else weight
+    weight = weight.reshape(_shape(layer))
     transposed = weight.transpose(0, 1)
     if weight.shape[2] == 1:
         modes = [weight if len(weight) <= len(transposed) else transposed]
@@ -319,6 +326,7 @@ def _product(layer: nn.Module, modes: _Modes, ranks: Ranks) -> nn.Sequential:
     factors = [factor for factor in _factors(modes, ranks) if factor is not None]
     product = thin_layers(layer, [tuple(factor.shape) for factor in factors])
     for thin, factor in zip(product, factors, strict=True):
+        factor = factor[..., 0].T if isinstance(thin, nn.Embedding) else factor
         weight = factor.reshape(thin.weight.shape).to(layer.weight).contiguous()
         thin.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     return product
@@ -329,19 +337,23 @@ def thin_layers(layer: nn.Module, shapes: Sequence[Shape]) -> nn.Sequential:
     it its mode and hooks; the weights have no values yet."""
     kernel = math.prod(getattr(layer, "kernel_size", ()))
     looking = [positions for *_, positions in shapes].index(kernel)  # the first looks at the image
+    embedding = layer_type(layer) is nn.Embedding
     made = []
     for place, (outputs, inputs, _) in enumerate(shapes):
-        settings = {}
-        if isinstance(layer, CONVOLUTIONS):
-            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        kind, settings = layer_type(layer), {"bias": False}
+        if embedding and place == 0:
+            names = ("padding_idx", "scale_grad_by_freq", "sparse")
             settings = {name: getattr(layer, name) for name in names}
-            settings = settings if place == looking else {"kernel_size": 1}
+        elif embedding:
+            kind = nn.Linear
+        elif isinstance(layer, CONVOLUTIONS):
+            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            looks = {name: getattr(layer, name) for name in names}
+            settings |= looks if place == looking else {"kernel_size": 1}
         # Without first values: to draw them would move on the caller's random state.
         device = layer.weight.device
-        make = nn.utils.skip_init
-        thin = make(layer_type(layer), inputs, outputs, bias=False, device=device, **settings)
-        made.append(thin)
-    made[-1].bias = layer.bias
+        made.append(nn.utils.skip_init(kind, inputs, outputs, device=device, **settings))
+    made[-1].bias = getattr(layer, "bias", None)
     product = nn.Sequential(*made).train(layer.training)
     # Hooks on the layer see the same input and output as before.
     vars(product).update({k: v for k, v in vars(layer).items() if k.startswith("_forward_")})

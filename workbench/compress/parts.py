@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from workbench.compress.computed import (
     CONVOLUTIONS,
@@ -26,10 +26,12 @@ from workbench.compress.computed import (
     source_of,
     weight_names,
 )
+from workbench.compress.equalization import CLIP, EQUALIZED, ChannelClip, clip_channels
 from workbench.compress.layers import ROUNDED_INPUTS, layers_of
 from workbench.compress.low_rank import replace_layer, thin_layers
 from workbench.compress.quantization import ROUND, round_activations
 from workbench.compress.quantizers import DynamicQuantizer, QuantizedWeight, StaticQuantizer
+from workbench.compress.smoothing import SCALE, SMOOTHED, ChannelScale, scale_channels
 from workbench.compress.structured import set_sizes
 from workbench.compress.tracing import TracedModel, fold_batch_norms, trace
 from workbench.compress.weight_sharing import SharedWeight
@@ -221,14 +223,21 @@ def _restructured(
         while shape := shapes.get(_join(name, f"{len(factors)}.weight")):
             factors.append((*shape[:2], math.prod(shape[2:])))
         kernel = math.prod(getattr(layer, "kernel_size", ()))
-        fits = layer_type(layer) in (*LINEAR, *CONVOLUTIONS) and kernel in [f[2] for f in factors]
+        fits = layer_type(layer) in (*LINEAR, *CONVOLUTIONS, nn.Embedding) and kernel in [
+            f[2] for f in factors
+        ]
         if fits and _join(name, "weight") not in shapes:
+            words = layer_type(layer) is nn.Embedding
+            if words:  # which keeps its weight the other way round
+                factors[0] = (factors[0][1], factors[0][0], 1)
             # What leaves them is as wide as before, to fit a norm that is folded into the last.
-            factors[-1] = (layer.weight.shape[0], *factors[-1][1:])
+            factors[-1] = (layer.weight.shape[words], *factors[-1][1:])
             model = replace_layer(layer, thin_layers(layer, factors), model)
-    if rounded and not isinstance(model, TracedModel):
+    rescaled = any(step.startswith((EQUALIZED, SMOOTHED)) for step in done)
+    if (rounded or rescaled) and not isinstance(model, TracedModel):
         graph, _ = trace(model.eval())
         fold_batch_norms(graph)
+        graph = _rescaled(graph, shapes) if rescaled else graph
         nodes = {f"{ROUND}{node.name}": node for node in graph.graph.nodes}
         round_activations(graph, {nodes[n]: nn.Identity() for n in rounded if n in nodes})
         model = graph
@@ -244,6 +253,22 @@ def _restructured(
         for module in model.modules():
             set_sizes(module)
     return model
+
+
+def _rescaled(graph: fx.GraphModule, shapes: Mapping[str, tuple[int, ...]]) -> fx.GraphModule:
+    """With what the rescaling of channels put in: clips of their own, and divisions."""
+
+    def stored(prefix: str, key: str) -> dict[fx.Node, Tensor]:
+        nodes = {f"{prefix}{node.name}.{key}": node for node in graph.graph.nodes}
+        empty = {nodes[name]: shape for name, shape in shapes.items() if name in nodes}
+        return {node: torch.empty(shape, device="meta") for node, shape in empty.items()}
+
+    clips = {node: ChannelClip(high) for node, high in stored(CLIP, "high").items()}
+    clip_channels(graph, clips)
+    scales = {node: ChannelScale(factor) for node, factor in stored(SCALE, "factor").items()}
+    linear = {name for name, layer in layers_of(graph).items() if layer_type(layer) in LINEAR}
+    scale_channels(graph, scales, linear)
+    return trace(graph)[0]  # quantizers are named after the nodes of the graph that they saw
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, Place]]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from workbench.compress.bias_correction import biased_layers, mean_outputs, shift_biases
+from workbench.compress.calibration import Calibration, batches, one_batch
 from workbench.compress.computed import (
     CONVOLUTIONS,
     LINEAR,
@@ -22,6 +24,7 @@ from workbench.compress.computed import (
     copy_of,
     layer_type,
 )
+from workbench.compress.equalization import ChannelClip
 from workbench.compress.grid import Granularity, Grid, scale_and_zero_point
 from workbench.compress.layers import (
     ROUNDED_INPUTS,
@@ -40,11 +43,9 @@ from workbench.compress.quantizers import (
     StaticQuantizer,
 )
 from workbench.compress.tracing import Recorder, fold_batch_norms, trace
-from workbench.data import Task
 
 Method = Literal["minmax", "percentile", "mse"]
 ROUND = "round_"  # how the names of static quantizers begin
-Calibration = Task | Iterable[Tensor | tuple[Tensor, ...]]
 
 
 def quantize_static(
@@ -54,6 +55,7 @@ def quantize_static(
     granularity: Literal["tensor", "channel"] = "channel",
     method: Method = "minmax",
     samples: int = 512,
+    correct_bias: bool = False,
     skip: Sequence[str] = (),
     seed: int = 0,
 ) -> nn.Module:
@@ -68,6 +70,8 @@ def quantize_static(
         granularity: of the weights: one scale for each output "channel" or for the "tensor".
         method: range of an activation: "minmax" of all that was seen, the central 99.98
             "percentile", or the range with the least squared error ("mse").
+        correct_bias: give the channels the means again that they had before the rounding, as
+            `workbench.compress.correct_bias` does, from 128 of the examples.
         skip: names of layers to leave in float.
 
     Raises:
@@ -98,7 +102,12 @@ def quantize_static(
         left |= {name: inside for name in left if name.startswith(f"{path}.")}
     computing = {name for name, layer in layers.items() if layer_type(layer) is not nn.Embedding}
     points = _points_to_round(graph, computing)
-    ranges = _calibrate(graph, points, _batches(calibration, samples, seed), method)
+    seen = batches(calibration, samples, seed)
+    if correct_bias:
+        seen = list(seen)  # read twice
+        first, biased = one_batch(seen, 128, seed), biased_layers(graph)
+        means = mean_outputs(graph, biased, first)
+    ranges = _calibrate(graph, points, seen, method)
     round_activations(
         graph,
         {
@@ -110,7 +119,11 @@ def quantize_static(
     )
     _round_weights(layers, grid)
     setattr(graph.eval(), ROUNDED_INPUTS, frozenset(computing))
-    return finish(graph, model, f"int8 static per {granularity}", layers, left)
+    step = f"int8 static per {granularity}"
+    if correct_bias:
+        shift_biases(graph, biased, means, first)
+        step += ", biases corrected"
+    return finish(graph, model, step, layers, left)
 
 
 def round_activations(graph: fx.GraphModule, quantizers: dict[fx.Node, nn.Module]) -> None:
@@ -251,7 +264,7 @@ def _points_to_round(graph: fx.GraphModule, layers: set[str]) -> list[fx.Node]:
     def after_relu(node: fx.Node) -> fx.Node:
         """The ReLU that is the only reader of ``node``: kernels apply it before they round."""
         users = list(node.users)
-        relu = len(users) == 1 and is_a(users[0], (nn.ReLU, nn.ReLU6), _RELU_CALLS)
+        relu = len(users) == 1 and is_a(users[0], (nn.ReLU, nn.ReLU6, ChannelClip), _RELU_CALLS)
         return users[0] if relu else node
 
     points = set()
@@ -268,20 +281,8 @@ def _points_to_round(graph: fx.GraphModule, layers: set[str]) -> list[fx.Node]:
     return [node for node in graph.graph.nodes if node in points]
 
 
-def _batches(calibration: Calibration, samples: int, seed: int) -> Iterable[tuple[Tensor, ...]]:
-    if isinstance(calibration, Task):
-        if samples < 1:
-            raise ValueError(f"samples is {samples}; give 1 or more")
-        split = calibration.train
-        split = split.subset(min(samples, len(split)), seed=seed)
-        return (inputs for inputs, _ in split.batches(128))
-    if torch.is_tensor(calibration):
-        raise TypeError("calibration is one tensor; give a Task or a list of batches, [tensor]")
-    return (batch if isinstance(batch, tuple) else (batch,) for batch in calibration)
-
-
 def _calibrate(
-    graph: fx.GraphModule, points: list[fx.Node], batches: Iterable, method: Method
+    graph: fx.GraphModule, points: list[fx.Node], seen_inputs: Iterable, method: Method
 ) -> dict[fx.Node, tuple[Tensor, Tensor]]:
     seen: dict[fx.Node, list[Tensor]] = {node: [] for node in points}
     low, high = {}, {}
@@ -301,8 +302,8 @@ def _calibrate(
             seen[node].append(value[:: max(1, len(value) // 10_000)])
 
     with torch.no_grad():
-        for batch in batches:
-            Recorder(graph, points, record).run(*batch)
+        for inputs in seen_inputs:
+            Recorder(graph, points, record).run(*inputs)
     if points and not low:
         raise ValueError("calibration is empty; give at least one batch of inputs")
     choose = _RANGES[method]

@@ -38,6 +38,7 @@ import workbench
 from workbench import models
 from workbench.compress.computed import copy_of, record_step, steps
 from workbench.compress.distillation import distill
+from workbench.compress.equalization import equalize_layers
 from workbench.compress.low_rank import factorize
 from workbench.compress.pruning import clip_weights, prune, prune_gradually, prune_threshold
 from workbench.compress.quantization import (
@@ -47,6 +48,8 @@ from workbench.compress.quantization import (
     quantize_weights,
 )
 from workbench.compress.quantization_aware import quantize_aware
+from workbench.compress.rounding import quantize_gptq
+from workbench.compress.smoothing import smooth_activations
 from workbench.compress.structured import prune_structured
 from workbench.compress.weight_sharing import share_weights
 from workbench.data import Split, Task, write_whole
@@ -140,6 +143,7 @@ def _step(function: Callable, name: str = "", apply: Callable | None = None) -> 
 Binarize = _step(binarize)
 ClipWeights = _step(clip_weights)
 Distill = _step(distill)
+EqualizeLayers = _step(equalize_layers)
 Factorize = _step(factorize)
 FineTune = _step(fit, "FineTune", _fine_tune)
 Prune = _step(prune)
@@ -148,9 +152,11 @@ PruneStructured = _step(prune_structured)
 PruneThreshold = _step(prune_threshold)
 QuantizeAware = _step(quantize_aware)
 QuantizeDynamic = _step(quantize_dynamic)
+QuantizeGptq = _step(quantize_gptq)
 QuantizeStatic = _step(quantize_static)
 QuantizeWeights = _step(quantize_weights)
 ShareWeights = _step(share_weights)
+SmoothActivations = _step(smooth_activations)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ class UntraceableError(ValueError):
     """The model's own forward pass cannot be turned into a graph."""
 
 
+class Whole(nn.Module):
+    """A module that is one operation in a graph, whatever stands in its forward pass."""
+
+
 class TracedModel(fx.GraphModule):
     """A graph module that keeps the record of its techniques when it is copied."""
 
@@ -32,6 +36,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
             layer_type(module) is not None
+            or isinstance(module, Whole)
             or name in self.opaque
             or super().is_leaf_module(module, name)
         )
@@ -86,7 +91,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
             before.op != "call_module"
             or len(before.users) > 1
             or norm.running_mean is None
-            or _uses(graph, before.target) > 1
+            or count_uses(graph, before.target) > 1
         ):
             continue
         layer = modules[before.target]
@@ -107,7 +112,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> list[str]:
     return folded
 
 
-def _uses(graph: fx.GraphModule, target: str) -> int:
+def count_uses(graph: fx.GraphModule, target: str) -> int:
     return sum(node.op == "call_module" and node.target == target for node in graph.graph.nodes)
 
 

@@ -2,8 +2,16 @@
 
 from importlib import import_module
 
-_MODULES = ("diagnosis", "differences", "exercises", "panels", "plots", "report")
-_FUNCTIONS = {"difference": "differences", "doctor": "diagnosis"}  # name -> its module
+_MODULES = (
+    "advice", "blocks", "diagnosis", "differences", "evidence", "exercises", "facts", "limits",
+    "page", "panels", "plots", "report", "results", "searching", "workshop",
+)  # fmt: skip
+_FUNCTIONS = {  # name -> its module
+    "advise": "advice",
+    "difference": "differences",
+    "doctor": "diagnosis",
+    "search": "searching",
+}
 
 
 def __getattr__(name: str):

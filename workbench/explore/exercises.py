@@ -2,17 +2,28 @@
 
 An answer may be a number, a text, a tensor or a function. Each exercise is one entry of
 `EXERCISES`; `close_to`, `text_is` and `returns` make the usual checks.
+
+A score is kept only by those who ask for it: where the file `SHEET` lies in the working directory,
+each checked answer is a line in it, and `scores` reads them. The checks hold what they expect:
+they help those who learn, and are no secret from those who look.
 """
 
 import html
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import binomtest
 
+SHEET = "scores.jsonl"
 Check = Callable[[object], bool]
 
 
@@ -40,8 +51,20 @@ class Feedback:
         return f"<p><b>{html.escape(self.number)}</b>: {html.escape(self.text)}</p>"
 
 
+class Feedbacks(tuple[Feedback, ...]):
+    """What `check_all` says, one line for each exercise, and each line as long as it is."""
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self))
+
+    def _repr_html_(self) -> str:
+        return "\n".join(feedback._repr_html_() for feedback in self)
+
+
 def check(number: str, answer: object) -> Feedback:
     """Look at the answer to an exercise and say "not answered yet", "right", or give a hint.
+
+    Where a score is kept (`keep_scores`), a right answer and a hint are noted.
 
     Raises:
         ValueError: there is no exercise of this number. An answer never makes it raise.
@@ -58,9 +81,62 @@ def check(number: str, answer: object) -> Feedback:
         right, trouble = bool(exercise.check(answer)), ""
     except Exception as error:  # whatever a learner's answer does, it gets a hint
         right, trouble = False, f" ({type(error).__name__}: {error})"
+    _note(number, right)
     if right:
         return Feedback(number, True, f"right. {exercise.why}")
     return Feedback(number, False, f"not yet{trouble}. Hint: {exercise.hint}")
+
+
+def check_all(answers: Mapping[str, object]) -> Feedbacks:
+    """`check` the answers to several exercises, number -> answer.
+
+    >>> check_all({"01.1": ..., "01.3": 1.82})
+    01.1: not answered yet
+    01.3: right. 1 / (0.4 + 0.6 / 4) is about 1.82: the part that did not get faster decides. This \
+is Amdahl's law (1967).
+    """
+    return Feedbacks(check(number, answer) for number, answer in answers.items())
+
+
+def keep_scores(folder: str | os.PathLike = ".") -> Path:
+    """Begin a score sheet in a folder of notebooks; one that is there already goes on.
+
+    Returns:
+        the path of the sheet. Delete it to keep no score any more.
+    """
+    path = Path(folder) / SHEET
+    path.touch()
+    return path
+
+
+def scores(folder: str | os.PathLike = ".") -> pd.DataFrame:
+    """What the score sheet of a folder says, one row for each exercise.
+
+    Args:
+        folder: where the notebooks and the sheet are; of the exercises, those whose notebook is
+            there as well are listed.
+
+    Returns:
+        ``right``: whether it was answered; ``hints``: how many hints were given until then;
+        ``when``: the time of the right answer, or of the last hint, or nothing.
+
+    Raises:
+        FileNotFoundError: no score is kept there.
+    """
+    path = Path(folder) / SHEET
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no score is kept in {path.parent.absolute()}; begin with exercises.keep_scores()"
+        )
+    present = {file.name[:2] for file in path.parent.glob("[0-9][0-9]_*.ipynb")}
+    numbers = [number for number in EXERCISES if not present or number[:2] in present]
+    found = {number: [False, 0, ""] for number in numbers}
+    for number, right, when in filter(None, map(_noted, path.read_bytes().splitlines())):
+        row = found.setdefault(number, [False, 0, ""])
+        if not row[0]:  # what follows a right answer is play
+            row[:] = [right, row[1] + (not right), when]
+    frame = pd.DataFrame.from_dict(found, orient="index", columns=["right", "hints", "when"])
+    return frame.sort_index().rename_axis("exercise")
 
 
 def close_to(expected: object, *, relative: float = 0.01, absolute: float = 1e-9) -> Check:
@@ -94,6 +170,35 @@ def returns(cases: Iterable[tuple[Sequence, object]], *, relative: float = 1e-4)
         )
 
     return works
+
+
+def _note(number: str, right: bool) -> None:
+    """Add a line to the score sheet, if there is one.
+
+    A line is appended by one call, so several notebooks may share a sheet; and it begins with a
+    line break, so that a line which was cut short (a full disk) spoils no other.
+    """
+    line = {"exercise": number, "right": right, "when": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    try:
+        sheet = os.open(SHEET, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(sheet, f"\n{json.dumps(line)}\n".encode())
+        finally:
+            os.close(sheet)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the answer matters more than the score
+        warnings.warn(f"the score sheet could not be written: {error}", stacklevel=3)
+
+
+def _noted(line: bytes) -> tuple[str, bool, str] | None:
+    """What a line of the score sheet says; None for one that is empty, cut short or foreign."""
+    try:
+        values = json.loads(line)
+        number, right, when = values["exercise"], values["right"], values["when"]
+        return (number, right, when) if number in EXERCISES and right in (True, False) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _numbers(value: object) -> np.ndarray:
@@ -436,5 +541,50 @@ EXERCISES = {
         "asking again.",
         hint="tokens = min(burst, tokens + rate * time since the last request); one is taken "
         "where there is at least one.",
+    ),
+    "15.1": Exercise(
+        close_to(11_842_536),
+        why="the scales are one byte in a hundred. Left in float32, the table would be more than "
+        "four times as large as everything else in int8.",
+        hint="384 bytes and one float32 for each row.",
+    ),
+    "15.2": Exercise(
+        close_to(2),
+        why="five values are left, -2 to 2: this channel of an int8 layer has less than 3 bits.",
+        hint="the largest channel has 127 steps on each side.",
+    ),
+    "15.3": Exercise(
+        returns([
+            (([[1, 2, 0], [3, 1, 2]], [[0, 5, 1], [1, 2, 0]]), 0.5),
+            (([[1, 2]], [[10, 20]]), 1),
+            (([[0, 1], [0, 1], [1, 0], [1, 0]], [[1, 0], [1, 0], [0, 1], [3, 0]]), 0.25),
+        ]),
+        why="this is the agreement: it needs no labels, and sees no answer that was wrong before.",
+        hint="find the place of the largest number of each row, before and after.",
+    ),
+    "16.1": Exercise(
+        close_to(4, relative=1e-9),
+        why="of two that lose the same the larger file is beaten: (55, 0.9) by (50, 0.9).",
+        hint="one is beaten if another is no larger, loses no more, and is better in one of them.",
+    ),
+    "16.2": Exercise(
+        close_to(1.342),
+        why="so 500 examples cannot tell a loss of one point from none; the pairs of answers of "
+        "two models on the same examples tell more.",
+        hint="p is 0.9 and n is 500; a point is one hundredth.",
+    ),
+    "16.3": Exercise(
+        lambda answer: all(
+            answer(candidates, size_bytes, lost) == name
+            for candidates, size_bytes, lost, name in (
+                ([("a", 60, 0.4), ("b", 50, 0.9), ("c", 80, 0.3)], 70, 1.0, "a"),
+                ([("a", 60, 0.4), ("b", 50, 0.4)], 60, 0.4, "b"),
+                ([("b", 50, 0.4), ("a", 60, 0.4)], 60, 0.4, "b"),
+                ([("a", 60, 0.4), ("b", 50, 0.9)], 50, 0.5, None),
+                ([], 50, 0.5, None),
+            )
+        ),
+        why="limits first, then the order: a search does the same with more candidates.",
+        hint="drop what is too large or loses too much; then compare (points lost, bytes).",
     ),
 }  # fmt: skip

@@ -5,6 +5,7 @@ pictures share a palette that colour-blind readers can tell apart (Okabe and Ito
 Universal Design") and give each technique a marker of its own.
 """
 
+import functools
 import io
 import math
 import re
@@ -35,6 +36,7 @@ BLACK, GREY, FAINT = "#000000", "0.45", "0.82"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("s", "^", "D", "v", "P", "X", "p")
 UNTOUCHED = "no technique"  # the family of a model as it is
+_CROWD = 80  # candidates, from which on single ones are too many to name
 _STYLE = {"font.size": 11.5, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -62,7 +64,8 @@ def tradeoff(
 
     Bars are the intervals of the frame, dashed lines the baseline, the stepped line the Pareto
     front (see `pareto_front`). Hollow markers are simulated candidates. A name that has no room
-    is left out.
+    is left out. A crowd of more than 80 is drawn small and without bars, and names only the
+    baseline and the winner. Without any latency there is one panel.
 
     Args:
         frame: from `workbench.measure.compare`; at least the columns ``name``, ``technique``,
@@ -80,18 +83,18 @@ def tradeoff(
     kept = measured if keep is None else measured[measured["name"].isin(list(keep))]
     with rc_context(_STYLE):
         picture = Picture(9, 4.4)
-        left, right = picture.subplots(1, 2, sharey=True)
-        panels = {"size_bytes": left, "latency_ms": right}
+        costs = COSTS[: 1 + measured["latency_ms"].notna().any()]
+        grid = picture.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+        panels, left = dict(zip(costs, grid, strict=True)), grid[0]
         bars = {cost: _points(axes, measured, kept, cost) for cost, axes in panels.items()}
         left.set_ylabel(score_label(frame))
         if is_percent(frame):
             left.yaxis.set_major_formatter(FuncFormatter(_percent))
         _legend(picture, measured)
-        lost = [name for name in frame["name"] if name not in set(measured["name"])]
-        if lost:
+        if lost := frame["name"][frame["score"].isna()].tolist():
             footnote = _shortened(f"Not shown, could not be measured: {', '.join(lost)}", 110)
             picture.supxlabel(footnote, x=0.01, ha="left", fontsize=10, color=GREY)
-        picture.draw_without_rendering()  # settles the layout; names are placed into it
+        picture.get_layout_engine().execute(picture)  # names are placed into the layout
         picture.set_layout_engine("none")
         for cost, axes in panels.items():
             _names(axes, measured, kept, cost, winner, bars[cost])
@@ -346,6 +349,68 @@ def ranked(frame: pd.DataFrame, name: str, *, value: str = "score", label: str |
     return picture
 
 
+def found(
+    frame: pd.DataFrame,
+    *,
+    size_bytes: float = math.inf,
+    lost: float = math.inf,
+    winner: str | None = None,
+) -> Picture:
+    """What a search looked at and what it trained: size against what is lost, with the limits.
+
+    Args:
+        frame: of `workbench.explore.search`.
+        size_bytes, lost: the limits; what keeps to both lies in the shaded corner.
+        winner: name of a candidate to ring.
+    """
+    _check_columns(frame, ["name", "stage", "size_bytes", "lost"])
+    factor = 100 if is_percent(frame) else 1
+    with rc_context(_STYLE):
+        picture = Picture(7, 4.2)
+        axes = picture.subplots()
+        for stage, looks in _STAGES.items():
+            rows = frame[frame["stage"].eq(stage)]
+            axes.plot(rows["size_bytes"] / 1e3, rows["lost"] * factor, label=stage, **looks)
+        trained = frame[frame["stage"].eq("trained") & frame["lost"].notna()]
+        ranks = trained.assign(score=-trained["lost"], higher_is_better=True)
+        front = ranks.set_index("name").loc[pareto_front(ranks) if len(ranks) else []]
+        axes.step(front["size_bytes"] / 1e3, front["lost"] * factor, where="post", color=GREY)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        # Losses far beyond the limit are all the same; near zero they are told apart.
+        axes.set_yscale("symlog", linthresh=2 * factor / 100)
+        axes.set_ylim(bottom=(1.4 * min(0, frame["lost"].min()) - 0.005) * factor)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+        (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
+        axes.set(xlim=(left, right), ylim=(bottom, top))  # the rest moves nothing
+        corner = (min(size_bytes / 1e3, right), min(lost * factor, top))
+        inside = Rectangle(
+            (left, bottom), corner[0] - left, corner[1] - bottom, zorder=0, color=COLOURS[2],
+            alpha=0.12, label="within the limits",
+        )  # fmt: skip
+        axes.add_patch(inside)
+        if winner is not None:
+            best = frame[frame["name"].eq(winner)]
+            axes.plot(best["size_bytes"] / 1e3, best["lost"] * factor, "o", markersize=15,
+                      markerfacecolor="none", color=BLACK, label=winner)  # fmt: skip
+        axes.set_xlabel("size of the saved model (kB)")
+        metric = frame["metric"].iloc[0] if "metric" in frame else "score"
+        axes.set_ylabel(f"points of {metric} lost" if factor == 100 else f"{metric} lost")
+        picture.legend(loc="outside upper left", ncols=5, frameon=False, fontsize=10,
+                       handletextpad=0.3, columnspacing=1.2)  # fmt: skip
+    return picture
+
+
+_STAGES = {
+    "screened": {"marker": ".", "color": "0.7", "linestyle": "none", "zorder": 1},
+    "trained": {"marker": "D", "color": COLOURS[0], "linestyle": "none", "zorder": 3},
+    "baseline": {"marker": "*", "color": COLOURS[1], "linestyle": "none", "markersize": 12},
+}
+
+
 def paths(
     surface: Callable[[Tensor, Tensor], Tensor],
     walks: Mapping[str, Tensor],
@@ -570,6 +635,119 @@ def cut(weight: Tensor, curve: pd.DataFrame, sparsity: float) -> Picture:
     return picture
 
 
+def maps(pictures: Sequence[tuple[str, str, np.ndarray]], columns: int) -> Picture:
+    """What answers rest on: examples, and beside each its maps, row by row.
+
+    A map is orange where a part speaks for the answer, violet where against it.
+
+    Args:
+        pictures: the name of an example, what is shown of it, and the values, (height, width), from
+            -1 to 1; those that begin a row are the examples themselves.
+        columns: pictures of one example.
+    """
+    rows = len(pictures) // columns
+    with rc_context(_STYLE):
+        picture = Picture(1.9 * columns, 0.4 + 1.9 * rows)
+        grid = picture.subplots(rows, columns, squeeze=False).ravel()
+        for place, (axes, (name, kind, values)) in enumerate(zip(grid, pictures, strict=True)):
+            example = place % columns == 0
+            axes.imshow(values, cmap="gray_r" if example else "PuOr_r", vmin=-1, vmax=1)
+            if example:
+                axes.images[0].set_clim(0, 1)
+                axes.set_ylabel(name)
+            if place < columns:
+                axes.set_title(kind, fontsize=11.5)
+            axes.set_xticks([])
+            axes.set_yticks([])
+    return picture
+
+
+def layer(model: nn.Module, name: str, table: pd.DataFrame, sensitivity: pd.DataFrame) -> Picture:
+    """One layer in four pictures: the spread of its weights, its singular values, what it loses at
+    each level, and its share of bytes and work beside those of all other layers.
+
+    Args:
+        name: of the layer.
+        table: one row for each layer, with ``layer``, ``byte_share`` and ``mac_share``.
+        sensitivity: from `workbench.compress.sensitivity`, for one technique.
+
+    Raises:
+        ValueError: a column is missing, or a table has no such layer.
+    """
+    _check_columns(table, ["layer", "byte_share", "mac_share"])
+    _check_columns(sensitivity, ["layer", "level", "drop"])
+    for rows in (table, sensitivity):
+        if name not in set(rows["layer"]):
+            raise ValueError(
+                f"layer is {name!r}; the table has {', '.join(rows['layer'].unique())}"
+            )
+    weight = layer_weight(model, name)
+    with rc_context(_STYLE):
+        picture = Picture(9, 5.6)
+        (spread, spectrum), (loss, shares) = picture.subplots(2, 2)
+        spread.hist(weight.flatten().numpy(), np.linspace(*_range(weight), 61), color=COLOURS[0])
+        spread.set(xlabel="value of a weight", ylabel="weights")
+        spread.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
+        spread.set_title(_spread(weight).split(", ")[0], loc="left", fontsize=10)
+        values = singular_values(weight)
+        spectrum.plot(range(1, len(values) + 1), values, "o-", color=COLOURS[0], markersize=3.5)
+        needed = rank_for(values, 0.9)
+        spectrum.axvline(needed, color=GREY, linestyle="--", linewidth=1)
+        title = f"{needed} of {len(values)} directions hold 90 % of the energy"
+        spectrum.set_title(title, loc="left", fontsize=10)
+        spectrum.set(xlabel="direction", ylabel="singular value", ylim=(0, None))
+        spectrum.xaxis.set_major_locator(MaxNLocator(integer=True))
+        percent = is_percent(sensitivity)
+        for other, rows in sensitivity.groupby("layer", sort=False):
+            chosen = other == name
+            loss.plot(
+                rows["level"].astype(float), rows["drop"], "^-" if chosen else "-",
+                color=COLOURS[1] if chosen else FAINT, zorder=3 if chosen else 1,
+            )  # fmt: skip
+        loss.set(xlabel="level", ylabel="points lost" if percent else "score lost")
+        if percent:
+            loss.yaxis.set_major_formatter(FuncFormatter(_percent))
+        loss.set_title("this layer alone; grey: each other layer", loc="left", fontsize=10)
+        chosen = table["layer"] == name
+        for rows, marker, colour in (
+            (table[~chosen], "o", FAINT),
+            (table[chosen], "D", COLOURS[1]),
+        ):
+            shares.plot(rows["mac_share"], rows["byte_share"], marker, color=colour, markersize=8)
+        for axis in (shares.xaxis, shares.yaxis):
+            axis.set_major_formatter(FuncFormatter(_percent))
+        shares.margins(0.1)
+        shares.set(xlabel="share of the multiplications (%)", ylabel="share of the bytes (%)")
+        shares.set_title("grey: each other layer", loc="left", fontsize=10)
+        picture.suptitle(name, x=0.01, ha="left", fontsize=12)
+    return picture
+
+
+def layer_weight(model: nn.Module, name: str) -> Tensor:
+    """The largest weight of a layer, dense, with its output channels first."""
+    found = dict(model.named_modules())[name]
+    weights_of = [computed.weight_of(found, key) for key in computed.weight_names(found)]
+    weight = max(weights_of, key=Tensor.numel).detach().float().cpu()
+    return weight.transpose(0, 1) if computed.layer_type(found) in computed.TRANSPOSED else weight
+
+
+def singular_values(weight: Tensor) -> np.ndarray:
+    """Of the weight as a matrix, (output channels, inputs of each), the largest first."""
+    rows = weight.flatten(1).double()  # (O, I)
+    gram = rows.T @ rows if len(rows) > rows.shape[1] else rows @ rows.T  # the smaller of the two
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).numpy()
+
+
+def rank_for(values: np.ndarray, energy: float) -> int:
+    """How many of the singular values hold this share of the sum of squares.
+
+    >>> rank_for(np.array([2.0, 1.0, 1.0]), 0.8)
+    2
+    """
+    held = np.cumsum(np.square(values))
+    return int((held < energy * held[-1] * (1 - 1e-12)).sum()) + 1
+
+
 def ledger(account: Ledger) -> Picture:
     """Where the bytes of a model file are: a bar for each tensor, the largest at the top, in parts
     by what the bytes are for, with the entropy of its values as a mark where that is known.
@@ -756,6 +934,7 @@ def branches(frame: pd.DataFrame) -> Picture:
     return picture
 
 
+@functools.cache
 def family(technique: str) -> str:
     """A technique without its settings: what shares a marker, and a tick box in the panel.
 
@@ -802,6 +981,7 @@ def score_label(frame: pd.DataFrame) -> str:
     return name if is_higher_better(frame) else f"{name} (lower is better)"
 
 
+COSTS = ("size_bytes", "latency_ms")
 NEEDED = ("name", "technique", "simulated", "size_bytes", "score", "latency_ms")
 
 
@@ -859,24 +1039,26 @@ def _points(axes: Axes, measured: pd.DataFrame, kept: pd.DataFrame, cost: str) -
     axes.set_xlabel(f"latency ({unit})" if unit == "ms" else f"size of the saved model ({unit})")
     if measured.empty:
         return []
-    looks = _looks(everything)
-    kept_names = set(kept["name"])
+    looks, crowd = _looks(everything), len(everything) > _CROWD
+    kinds = [measured["technique"].map(family), measured["simulated"],
+             measured["name"].isin(kept["name"])]  # fmt: skip
     bars = []
-    for _, row in measured.iterrows():
-        colour, marker = looks[family(row["technique"])]
-        lively = row["name"] in kept_names
+    for (name, simulated, lively), rows in measured.groupby(kinds, sort=False):
+        colour, marker = looks[name]
         colour = colour if lively else FAINT
-        intervals = _bars(axes, row, cost, scale, colour)  # of all, so that the axes never move
-        bars += intervals if lively else []
+        for _, row in rows[: 0 if crowd else None].iterrows():
+            intervals = _bars(axes, row, cost, scale, colour)  # of all, so that the axes never move
+            bars += intervals if lively else []
         axes.plot(
-            row[cost] * scale, row["score"], marker, color=colour, markersize=8,
-            markerfacecolor="white" if row["simulated"] else colour, markeredgewidth=1.6,
-            zorder=4 if lively else 2,
+            rows[cost] * scale, rows["score"], marker, color=colour, markersize=4 if crowd else 8,
+            markerfacecolor="white" if simulated else colour,
+            markeredgewidth=0.7 if crowd else 1.6, zorder=4 if lively else 2,
         )  # fmt: skip
     front = kept.set_index("name").loc[pareto_front(kept, cost) if len(kept) else []]
     xs, ys = (front[cost] * scale).tolist(), front["score"].tolist()
     if len(front) > 1:
-        axes.step(xs, ys, where="post", color=GREY, linewidth=1.4, zorder=1.5)
+        above = 5 if crowd else 1.5
+        axes.step(xs, ys, where="post", color=GREY, linewidth=1.4, zorder=above)
         for i in range(len(xs) - 1):
             bars.append(Bbox([[xs[i], ys[i]], [xs[i + 1], ys[i]]]))
             bars.append(Bbox([[xs[i + 1], ys[i]], [xs[i + 1], ys[i + 1]]]))
@@ -935,7 +1117,11 @@ def _names(
     if kept.empty:
         return
     reference = baseline(measured)
-    first = [winner, None if reference is None else reference["name"], *pareto_front(kept, cost)]
+    first = [winner, None if reference is None else reference["name"]]
+    if len(measured) > _CROWD:
+        kept = measured = kept[kept["name"].isin(first)]
+    else:
+        first += pareto_front(kept, cost)
     order = sorted(
         kept.itertuples(), key=lambda row: first.index(row.name) if row.name in first else 99
     )

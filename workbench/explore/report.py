@@ -1,26 +1,28 @@
 """Words and pages made from a comparison: nothing measured is ever typed by hand.
 
-`say` writes a sentence, `table` a short table, `html` one page that stands on its own. As a
-program, ``python -m workbench.explore.report`` runs the main comparison and writes its page; with
-``--record`` it also keeps the frame and the picture under ``docs/`` and the table in the README.
+`say` writes a sentence, `table` a short table, `page` one HTML page on a model and what was done to
+it, from which `read_page` gets the frames back. As a program, ``python -m
+workbench.explore.report`` runs the main comparison and writes its page.
 """
 
 import argparse
-import base64
-import html as escaping
-import importlib.metadata
+import inspect
 import os
-import platform
 import string
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from workbench.explore import panels, plots
+from workbench import compress, data, measure, models
+from workbench.data import Task
+from workbench.explore import evidence, plots
+from workbench.explore.page import html
+from workbench.explore.page import read as read_page
+from workbench.measure.comparison import Candidate
+
+__all__ = ["Prose", "main", "markdown", "page", "read_page", "say", "table"]
 
 
 @dataclass(frozen=True)
@@ -101,57 +103,53 @@ def table(frame: pd.DataFrame, *, timing: bool = True) -> pd.DataFrame:
     return pd.DataFrame({name: list(column) for name, column in columns.items()}, index=index)
 
 
-def html(
-    frame: pd.DataFrame, *, title: str = "What the techniques did", hardware: object = None
-) -> str:
-    """The comparison as one HTML page that needs no network: picture, findings, table, versions.
+def page(
+    task: Task,
+    models: Mapping[str, Candidate],
+    path: str | os.PathLike,
+    *,
+    baseline: str | None = None,
+    after: str | None = None,
+    comparison: pd.DataFrame | None = None,
+    recipe: compress.Recipe | None = None,
+    code: str | None = None,
+    title: str | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    examples: int = 16,
+    attacked: int = 500,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Measure models, and write what was found as one HTML page that needs nothing else.
+
+    It opens without a network, prints, and holds the frames that it was drawn from: `read_page`
+    returns them.
 
     Args:
-        title: heading of the page.
-        hardware: the card of `workbench.measure.hardware`, or any mapping or object to show.
+        task, models: as for `workbench.measure.compare`; at least two models.
+        path: of the page; its folder is made.
+
+    The other arguments are those of `workbench.explore.evidence.gather`. ``baseline`` and ``after``
+    name the two models that are looked at closely, by default the first and the last; ``recipe`` is
+    what the second was made with.
+
+    Returns:
+        The path.
 
     Raises:
-        ValueError: a column is missing, or no candidate has been measured.
+        ValueError: what `gather` refuses. No page is written then.
+
+    See notebook 16.
     """
-    picture = base64.b64encode(plots.tradeoff(frame).png(dpi=160)).decode()
-    alternative = f"{plots.score_label(frame)} against size and against latency of the candidates"
-    sections = [
-        f"<h1>{_escape(title)}</h1>",
-        f"<p>{_escape(_what(frame))}</p>",
-        f'<img src="data:image/png;base64,{picture}" alt="{_escape(alternative)}">',
-        "<h2>Findings</h2>",
-        _list(_findings(frame)),
-        "<h2>All candidates</h2>",
-        f'<div class="wide" tabindex="0">{_html_table(table(frame))}</div>',
-        "<p>Intervals are 95 %. Hollow markers and the word <em>simulated</em> mean that the "
-        "cheaper arithmetic is imitated: the size is real, a gain in speed is not.</p>",
-    ]
-    if hardware is not None:
-        sections += ["<h2>Hardware</h2>", _card(hardware)]
-    sections += ["<h2>Made with</h2>", _list(_provenance())]
-    body = "\n".join(sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
-
-
-def write_html(frame: pd.DataFrame, path: str | os.PathLike, **options) -> Path:
-    """Write the page of `html`, with its options, to ``path``: wholly or not at all."""
-    page = html(frame, **options)
+    frames = evidence.gather(
+        task, models, baseline=baseline, after=after, comparison=comparison, recipe=recipe,
+        code=code, title=title, bounds=bounds, examples=examples, attacked=attacked, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    text = html(frames)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(unfinished).chmod(0o644)
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    data.write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     return path
 
 
@@ -165,53 +163,33 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main_comparison() -> pd.DataFrame:
-    """The comparison of the report: a residual network on Fashion-MNIST, in float32 and cheaper."""
-    from workbench import compress, data, measure, models
-
+def main_models() -> tuple[Task, compress.Recipe, dict[str, Candidate]]:
+    """What the main comparison compares: a residual network on Fashion-MNIST, and cheaper ones."""
     task = data.fashion_mnist()
     model = models.pretrained("resnet-14")
-    int8 = compress.quantize_static(model, task)
-    four_bits = compress.quantize_weights(model, bits=4, granularity="group")
-    candidates = {
+    recipe = compress.Recipe(compress.QuantizeStatic())
+    int8 = recipe(model, task)
+    return task, recipe, {
         "float32": model,
         "float32, compiled": (model, "compiled"),
         "float32, ORT": (model, "onnxruntime"),
         "int8, compiled": (int8, "compiled"),
         "int8, ORT": (int8, "onnxruntime"),
-        "4-bit weights": four_bits,
-    }
-    return measure.compare(task, candidates)
-
-
-def record(frame: pd.DataFrame) -> None:
-    """Keep a comparison as ``docs/comparison.csv``, its picture, and its table in the README."""
-    root = Path(__file__).parents[2]
-    (root / "docs").mkdir(exist_ok=True)
-    frame.to_csv(root / "docs" / "comparison.csv", index=False)
-    (root / "docs" / "tradeoff.png").write_bytes(plots.tradeoff(frame).png(dpi=120))
-    readme = (root / "README.md").read_text()
-    before, rest = readme.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    text = f"{before}{MARKS[0]}\n{markdown(frame)}\n{MARKS[1]}{after}"
-    (root / "README.md").write_text(text)
-
-
-MARKS = ("<!-- comparison -->", "<!-- end of comparison -->")
+        "4-bit weights": compress.quantize_weights(model, bits=4, granularity="group"),
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the main comparison and write its page."""
     parser = argparse.ArgumentParser(prog="workbench.explore.report", description=main.__doc__)
     parser.add_argument("--output", default="build/report.html", help="file to write")
-    parser.add_argument("--record", action="store_true", help="renew docs/ and the README's table")
     given = parser.parse_args(arguments)
-    from workbench import measure
-
-    frame = main_comparison()
-    path = write_html(frame, given.output, hardware=measure.hardware())
-    if given.record:
-        record(frame)
+    task, recipe, candidates = main_models()
+    frame = measure.compare(task, candidates)
+    path = page(
+        task, candidates, given.output, comparison=frame, after="int8, ORT", recipe=recipe,
+        code=inspect.getsource(main_models),
+    )  # fmt: skip
     print(f"wrote {path}")
 
 
@@ -252,87 +230,6 @@ def _with_interval(frame: pd.DataFrame, column: str, scale: float, digits: str) 
 def _remarks(frame: pd.DataFrame) -> list[str]:
     remarks = [[row.get("error"), row.get("note")] for _, row in frame.iterrows()]
     return ["; ".join(text for text in pair if isinstance(text, str) and text) for pair in remarks]
-
-
-def _what(frame: pd.DataFrame) -> str:
-    """What was compared, under which conditions."""
-    text = f"{len(frame)} candidates"
-    reference = plots.baseline(frame)
-    text += "." if reference is None else f", compared with {reference['name']}."
-    row = frame.iloc[0]
-    if {"device", "threads", "batch_size"} <= set(frame):
-        threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-        text += f" Latency on {row['device']} with {threads}, batches of {row['batch_size']}."
-    return text
-
-
-def _findings(frame: pd.DataFrame) -> list[str]:
-    everything = panels.remaining(frame, panels.Limits())
-    findings = []
-    for objective in panels.OBJECTIVES:
-        best = panels.winner(everything, objective)
-        if best is not None:
-            findings.append(f"The {objective}: {best['name']} ({panels.numbers(best, frame)}).")
-    front = plots.pareto_front(frame)
-    findings.append(f"On the Pareto front of size and score: {'; '.join(front)}.")
-    return findings
-
-
-def _provenance() -> list[str]:
-    names = ("workbench", "torch", "onnxruntime", "numpy", "pandas", "matplotlib")
-    found = [f"{name} {version}" for name in names if (version := _version(name))]
-    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return [made, f"Python {platform.python_version()}", *found]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _card(hardware: object) -> str:
-    if hasattr(hardware, "_repr_html_"):
-        return hardware._repr_html_()
-    if is_dataclass(hardware):
-        hardware = asdict(hardware)
-    if isinstance(hardware, Mapping):
-        return _list([f"{name}: {value}" for name, value in hardware.items()])
-    return f"<pre>{_escape(str(hardware))}</pre>"
-
-
-def _list(items: Sequence[str]) -> str:
-    return "<ul>\n" + "\n".join(f"<li>{_escape(item)}</li>" for item in items) + "\n</ul>"
-
-
-def _html_table(rows: pd.DataFrame) -> str:
-    headings = "".join(f'<th scope="col">{_escape(h)}</th>' for h in [rows.index.name, *rows])
-    body = ""
-    for name, *cells in rows.itertuples():
-        body += f'<tr><th scope="row">{_escape(name)}</th>{"".join(map(_cell, cells))}</tr>\n'
-    return f"<table>\n<thead><tr>{headings}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
-
-
-def _cell(text: str) -> str:
-    number = text[:1].isdigit() and text[-1] in "0123456789)"  # stays on one line
-    return f"<td{' class=number' if number else ''}>{_escape(text)}</td>"
-
-
-def _escape(text: object) -> str:
-    return escaping.escape(str(text))
-
-
-_CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0; color: #1a1a1a; background: #fff; }
-main { max-width: 76rem; margin: 0 auto; padding: 1rem; }
-img { max-width: min(100%, 62rem); height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { padding: 0.3rem 0.45rem; border-bottom: 1px solid #ccc; text-align: left; }
-.number { white-space: nowrap; }
-thead th { border-bottom: 2px solid #666; }
-"""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The evidence: bytes, counts, latency and accuracy, each with how sure one can be of it."""
 
 from workbench.measure.accuracy import interval, over_seeds, paired_p_value, several_seeds
+from workbench.measure.agreement import agreement
 from workbench.measure.comparison import compare
 from workbench.measure.hardware import Hardware, hardware
 from workbench.measure.latency import Latency, measure_latency, verdict
@@ -20,6 +21,7 @@ __all__ = [
     "Best",
     "Hardware",
     "Latency",
+    "agreement",
     "artifact_bytes",
     "best",
     "compare",

@@ -1,75 +1,13 @@
-"""The reference networks, small enough to train on a laptop and real enough to compress.
+"""The networks that are trained here, for clothes and for novels.
 
-`build` makes one untrained, `pretrained` loads the weights committed under ``data/models/``.
 Shapes: B batch, C channels, H height, W width, T positions, D width of the transformer.
 """
 
-import copy
-import json
 import math
-import os
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-
-from workbench import data
-
-
-def names() -> list[str]:
-    """Names of the reference networks, smallest task first."""
-    return list(_BUILDERS)
-
-
-def build(name: str, *, seed: int = 0) -> nn.Module:
-    """An untrained reference network; the same seed gives the same weights.
-
-    >>> sum(p.numel() for p in build("lenet-300-100").parameters())
-    266610
-    """
-    _check(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _BUILDERS[name]()
-
-
-def pretrained(name: str) -> nn.Module:
-    """A reference network with its trained weights, in float32 and in evaluation mode.
-
-    `record` tells how it was trained.
-
-    Raises:
-        ValueError: unknown name, or the file does not have the committed checksum.
-        FileNotFoundError: the file is missing.
-    """
-    _check(name)
-    path = data.verified(f"models/{name}.safetensors")
-    model = build(name)
-    load_model(model, path)
-    return model.eval()
-
-
-def record(name: str) -> dict:
-    """How the weights of `pretrained(name)` were made: seed, epochs, optimizer, time, result."""
-    _check(name)
-    return json.loads(data.verified(f"models/{name}.json").read_text())
-
-
-def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a module's state as ``.safetensors``: shared tensors once, the whole file or none."""
-    stored = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-    data.write_whole(path, lambda temporary: save_model(stored, temporary))
-
-
-def file_bytes(model: nn.Module) -> int:
-    """Bytes of the file that `save` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.safetensors")
-        save(model, path)
-        return path.stat().st_size
 
 
 def lenet_300_100() -> nn.Module:
@@ -213,18 +151,3 @@ class CharTransformer(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         x = self.embedding(codes) + self.position(self.places[: codes.shape[1]])  # (B, T, D)
         return self.head(self.norm(self.blocks(x)))
-
-
-_BUILDERS = {
-    "lenet-300-100": lenet_300_100,
-    "lenet-5": lenet_5,
-    "resnet-8": lambda: resnet((16, 32, 64), blocks=1),
-    "resnet-14": lambda: resnet((32, 64, 128), blocks=2),
-    "mlp-wide": mlp_wide,
-    "char-transformer": CharTransformer,
-}
-
-
-def _check(name: str) -> None:
-    if name not in _BUILDERS:
-        raise ValueError(f"no reference network is called {name!r}; choose from {names()}")
