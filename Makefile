@@ -17,7 +17,7 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
 packages = $$(sed -n '/^$(1) = /,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test report results workshop models experiments bench format lock clean
+.PHONY: help lab test report workshop models experiments bench format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -34,9 +34,6 @@ test: $(INSTALLED) ## style, unit tests, every notebook, and JupyterLab in a bro
 report: $(INSTALLED) ## the main comparison as one HTML page: build/report.html
 	@mkdir -p build
 	$(BIN)/python -m workbench.explore.report --output build/report.html
-
-results: $(INSTALLED) ## measure the figures of the README again: data/results (half an hour)
-	$(BIN)/python -m workbench.explore.results $(ARGS)
 
 workshop: $(INSTALLED) ## the students' edition of the notebooks: build/workshop
 	$(BIN)/python -m workbench.explore.workshop build/workshop $(ARGS)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from workbench import compress, data, models
 from workbench.data import Task
 
-HELPERS = {"copy_of", "record_step", "make_permanent", "rewind"}
+# Those that are no techniques; `correct_bias` mends what one made, and is given both models.
+HELPERS = {"copy_of", "correct_bias", "record_step", "make_permanent", "rewind"}
 
 
 def techniques() -> dict[str, Callable]:

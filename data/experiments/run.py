@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import requests
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,13 +33,27 @@ from torch.utils.data import TensorDataset
 
 from workbench import compress, data, measure, models, parallel, storage, training
 from workbench.compress.distillation import divergence
+from workbench.compress.equalization import equalize_layers
 from workbench.compress.layers import layers_of
-from workbench.compress.recipe import Distill, Prune, QuantizeWeights, Recipe, ShareWeights
+from workbench.compress.recipe import (
+    Distill,
+    FineTune,
+    Prune,
+    QuantizeWeights,
+    Recipe,
+    ShareWeights,
+)
+from workbench.compress.rounding import quantize_gptq
+from workbench.compress.smoothing import smooth_activations
 from workbench.data import Split, Task
 from workbench.deploy import exporting, runtimes
 from workbench.deploy.runtimes import prepare
 from workbench.deploy.server import serve
-from workbench.measure.accuracy import paired_p_value
+from workbench.explore.limits import Limits
+from workbench.explore.searching import search
+from workbench.measure.accuracy import interval, paired_p_value
+from workbench.measure.agreement import agreement
+from workbench.measure.load import Request, wrk
 from workbench.measure.robustness import under_attack
 from workbench.measure.selection import best
 from workbench.parallel import gradient_compression as gc
@@ -907,6 +920,179 @@ def in_runtimes(network: str) -> Iterator[dict]:
         yield {"network": network, "model": model, "candidate": f"{network}, {model}"} | dict(row)
 
 
+def photo_remedies() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is done to EfficientNet-Lite0, by name."""
+    crops = list(data.photo_crops(48, part="calibration").split(16))
+    int8 = partial(compress.quantize_static, calibration=crops)
+    weights, gptq = compress.quantize_weights, partial(quantize_gptq, calibration=crops)
+    return {
+        "int8 per tensor": lambda m: int8(m, granularity="tensor"),
+        "int8 per tensor, biases corrected": lambda m: int8(
+            m, granularity="tensor", correct_bias=True
+        ),
+        "int8 per tensor, equalized, biases corrected": lambda m: int8(
+            equalize_layers(m), granularity="tensor", correct_bias=True
+        ),
+        "int8 per channel": int8,
+        "int8 per channel, biases corrected": lambda m: int8(m, correct_bias=True),
+        "int4 weights per channel": lambda m: weights(m, bits=4),
+        "int4 weights per channel, GPTQ": lambda m: gptq(m, bits=4),
+        "int4 weights per group of 32, GPTQ": lambda m: gptq(
+            m, bits=4, granularity="group", group_size=32
+        ),
+    }
+
+
+def sentence_remedies() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    """What is done to MiniLM, by name."""
+    task = data.film_sentences()
+    int8 = partial(compress.quantize_static, calibration=task, samples=128)
+    weights, gptq = compress.quantize_weights, partial(quantize_gptq, calibration=task)
+    group = {"granularity": "group", "group_size": 32}
+    return {
+        "int8 dynamic": compress.quantize_dynamic,
+        "int8 static": int8,
+        "int8 static, smoothed": lambda m: int8(smooth_activations(m, task, samples=128)),
+        "int4 weights per tensor": lambda m: weights(m, bits=4, granularity="tensor"),
+        "int4 weights per channel": lambda m: weights(m, bits=4),
+        "int4 weights per channel, GPTQ": lambda m: gptq(m, bits=4),
+        "int4 weights per group of 32": lambda m: weights(m, bits=4, **group),
+        "int4 weights per group of 32, GPTQ": lambda m: gptq(m, bits=4, **group),
+        "embedding of rank 192": lambda m: compress.factorize(m, rank={"0.embedding": 192}),
+    }
+
+
+REAL = {"efficientnet-lite0": photo_remedies, "minilm-films": sentence_remedies}
+
+
+def real_models(
+    networks: Iterable[str] = tuple(REAL), chosen: Iterable[str] | None = None
+) -> Iterator[dict]:
+    """What rounding breaks in networks that other people trained, and what repairs it."""
+    for network in networks:
+        dense, labels = models.pretrained(network), None
+        if network == "efficientnet-lite0":
+            inputs = torch.cat([data.photo_crops(200, seed=seed) for seed in range(5)])
+        else:
+            (inputs,), labels = next(data.film_sentences().test.batches(2_000))
+        before = answers_of(dense, inputs)
+        remedies = {"float32": copy.deepcopy} | REAL[network]()
+        for name in remedies if chosen is None else chosen:
+            model = remedies[name](dense)
+            after = answers_of(model, inputs)
+            answered = {"float32": replayed(before), name: replayed(after)}
+            found = agreement(answered, inputs, baseline="float32", progress=False)
+            found = found.set_index("name").loc[name, "examples":"kl_bits"].to_dict()
+            row = {"network": network, "candidate": name}
+            row |= {"size_bytes": measure.artifact_bytes(model)} | found
+            if labels is not None:
+                right = (after.argmax(1) == labels).double()
+                row |= {"score": right.mean().item()}
+                row |= dict(zip(("score_low", "score_high"), interval(right, True), strict=True))
+            yield row
+
+
+def real_films() -> Iterator[dict]:
+    """What int8 takes from MiniLM on all held-out sentences, and what it gives back in time."""
+    net = models.pretrained("minilm-films")
+    offered = {
+        "float32": net,
+        "float32, ONNX Runtime": (net, "onnxruntime"),
+        "int8 dynamic, ONNX Runtime": (compress.quantize_dynamic(net), "onnxruntime"),
+    }
+    found = measure.compare(data.film_sentences(), offered, progress=False)
+    yield from found.drop(columns=["peak_memory_bytes", "note"]).to_dict("records")
+
+
+def answers_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """In ONNX Runtime: what is int8 runs in int8 kernels, what has few bits in its weights alone
+    runs in float."""
+    predictor = prepare(model, "onnxruntime", example_input=(inputs[:1],))
+    return torch.cat([torch.as_tensor(predictor(some)) for some in inputs.split(25)])
+
+
+def replayed(answers: Tensor) -> Callable[[Tensor], Tensor]:
+    """A model that gives these answers in turn, batch by batch."""
+    pieces = iter(answers.split(50))
+    return lambda x: next(pieces)
+
+
+STOCK_ANSWERS = {  # answer -> what it means for a network, and whether it promises speed
+    "quantize for speed": ("int8", True),
+    "int8 for everything": ("dynamic int8", True),
+    "prune 90 % for speed": ("pruned", True),
+    "low rank for wide layers": ("low rank", True),
+    "bfloat16 for speed": ("bfloat16", True),
+    "Huffman at the end": ("Huffman", False),
+    "Huffman at the end, of int8": ("int8, Huffman", False),
+    "Huffman at the end, of pruned and shared": ("pruned, shared, Huffman", False),
+}
+
+
+def advice() -> Iterator[dict]:
+    """The articles' stock answers to "which technique for which model?", each tried on networks."""
+    for network, answers in (("lenet-5", 1000), ("mlp-wide", 1000), ("resnet-14", 500),
+                             ("char-transformer", 100)):  # fmt: skip
+        task = data.austen() if network == "char-transformer" else data.fashion_mnist()
+        few = replace(task, test=task.test.subset(answers))
+        dense = models.pretrained(network)
+        linear = network in ("mlp-wide", "char-transformer")
+        pruned = compress.prune(dense, sparsity=0.9)
+        static = None if network == "char-transformer" else compress.quantize_static(dense, task)
+        dynamic = compress.quantize_dynamic(dense)
+        made = {
+            "int8": dynamic if static is None else static,
+            "dynamic int8": dynamic,
+            "pruned": pruned,
+            "low rank": compress.factorize(dense, energy=0.9),
+        }
+        offered = {name: (model, "onnxruntime") for name, model in made.items()}
+        made["bfloat16"] = copy.deepcopy(dense).bfloat16()
+        offered = {"float32": (dense, "onnxruntime"), "float32, eager": dense, **offered,
+                   "bfloat16": InBfloat16(made["bfloat16"])}  # fmt: skip
+        frame = measure.compare(few, offered, repeats=20, progress=False).set_index("name")
+        coded = {"Huffman": (dense, "huffman"), "int8, Huffman": (made["int8"], "huffman"),
+                 "pruned, shared, Huffman":
+                 (compress.share_weights(pruned, clusters=32), "huffman")}  # fmt: skip
+        plain_bytes = measure.artifact_bytes(dense)
+        for answer, (name, for_speed) in STOCK_ANSWERS.items():
+            columns = {"answer": answer, "network": network, "linear": linear, "done": name}
+            if for_speed:
+                # Eager bfloat16 is compared with eager float32, the rest with ONNX Runtime's.
+                row, base = frame.loc[name], frame.loc["float32"]
+                by = frame.loc["float32, eager", "speedup"] if name == "bfloat16" else 1.0
+                columns |= {"size_bytes": measure.artifact_bytes(made[name]),
+                            **{c: row[c] / by for c in ("speedup", "speedup_low", "speedup_high")},
+                            "lost": (base.score - row.score)
+                            * (1 if base.higher_is_better else -1)}  # fmt: skip
+                columns["holds"] = columns["speedup_low"] > 1 and columns["lost"] <= 0.01
+            else:
+                model, codec = coded[name]
+                before_bytes = measure.artifact_bytes(model)
+                columns["size_bytes"] = measure.artifact_bytes(model, codec=codec)
+                columns["by_code"] = before_bytes / columns["size_bytes"]
+                columns["holds"] = columns["by_code"] > 1.2
+            yield columns | {"times_smaller": plain_bytes / columns["size_bytes"]}
+    runs = data.recorded("distillation")
+    for examples, part in runs.groupby("examples"):
+        scores = part.pivot_table(index="seed", columns="training", values="score")
+        lost = scores["alone"] - scores["distilled"]
+        yield {"answer": "distil where data are few", "network": "resnet-8", "linear": False,
+               "done": f"distilled, {examples} examples", "lost": lost.mean(),
+               "holds": bool((lost < 0).all())}  # fmt: skip
+
+
+class InBfloat16(nn.Module):
+    """Takes and gives float32, and computes in bfloat16."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.model(*(x.bfloat16() if x.is_floating_point() else x for x in inputs)).float()
+
+
 def serving() -> Iterator[dict]:
     """Requests a second and time to an answer of four servers of the same networks, by clients.
 
@@ -915,7 +1101,7 @@ def serving() -> Iterator[dict]:
     """
     handlers = data.folder().parent / "notebooks" / "benchmarks" / "handlers"
     task = data.fashion_mnist()
-    body = json.dumps({"inputs": task.example_input[0][:1].numpy().round(4).tolist()})
+    body = {"inputs": task.example_input[0][:1].numpy().round(4).tolist()}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         addresses = {}
         for network in ("mlp-wide", "lenet-5"):
@@ -936,42 +1122,93 @@ def serving() -> Iterator[dict]:
                 addresses[network, name] = f"http://127.0.0.1:{port}/predict"
             service = stack.enter_context(serve(path))
             addresses[network, "workbench"] = f"{service.url}/predict"
-        for address in addresses.values():
-            wait_for_answer(address, body)
         for (network, name), address in addresses.items():
-            for clients in (1, 16, 64):
-                yield {"network": network, "server": name} | wrk(address, body, clients)
+            request = Request(address, body)
+            request.wait()
+            for row in wrk({name: request}).to_dict("records"):
+                yield {"network": network, "server": row.pop("name")} | row
 
 
-def wait_for_answer(address: str, body: str) -> None:
-    for _ in range(200):
-        with contextlib.suppress(requests.ConnectionError):
-            requests.post(address, body, headers={"Content-Type": "application/json"}, timeout=9)
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nobody answers at {address}")
+# What recipes written by hand reach, the first one as notebook 06 writes it; the second one, and
+# the search, train for as long with the optimizer that serves best.
+ADAMW, SOFTLY = (partial(torch.optim.AdamW, lr=rate) for rate in (2e-3, 5e-4))
+REPAIR, POLISH = FineTune(optimizer=ADAMW), FineTune(optimizer=SOFTLY)
+PRUNE, SHARE = Prune(sparsity=0.9), ShareWeights(clusters=15)
+# For each network: training examples, how it trains, how many candidates are looked at, and budgets
+# as (objective, limits). Twenty minutes are the most that one search may take on two cores.
+SEARCHES = {
+    "lenet-5": dict(
+        examples=10_000, repair=REPAIR, candidates=16,
+        rivals={
+            "notebook 06": Recipe(
+                PRUNE, FineTune(epochs=3, optimizer=SGD), SHARE,
+                FineTune(optimizer=partial(torch.optim.AdamW, lr=2e-4)),
+            ),
+            "the same, other training": Recipe(PRUNE, REPAIR, SHARE, POLISH),
+        },
+        budgets=[("most accurate", Limits(size_bytes=43_000, score_lost=0.05)),
+                 ("smallest", Limits(size_bytes=100_000, score_lost=0.03)),
+                 ("fastest", Limits(size_bytes=60_000, score_lost=0.05))],
+    ),
+    "resnet-14": dict(
+        examples=4_000, repair=replace(REPAIR, augment=data.flip_and_shift), candidates=16,
+        rivals={
+            "uniform 3 bits": Recipe(QuantizeWeights(bits=3)),
+            "7 values": Recipe(ShareWeights(clusters=7), POLISH),
+        },
+        budgets=[("most accurate", Limits(size_bytes=230_000, score_lost=0.02)),
+                 ("smallest", Limits(size_bytes=336_000, score_lost=0.01)),
+                 ("fastest", Limits(size_bytes=400_000, score_lost=0.03))],
+    ),
+}  # fmt: skip
 
 
-def wrk(address: str, body: str, clients: int, seconds: int = 5) -> dict:
-    """What wrk measures: good answers a second, and milliseconds to an answer."""
-    script = f"""
-    wrk.method, wrk.body = "POST", [==[{body}]==]
-    wrk.headers["Content-Type"] = "application/json"
-    function done(summary, latency, requests)
-      local errors = summary.errors
-      local failed = errors.connect + errors.read + errors.write + errors.timeout + errors.status
-      print(string.format("RESULT %d %d %f %f %f", summary.requests, failed,
-        summary.duration / 1e6, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
-    end
+def searching(network: str) -> Iterator[dict]:
+    """What `explore.search` finds within three budgets, beside recipes written by hand.
+
+    Rows of the stage "tested" are scores on the test images, one for each seed; "promised" is the
+    winner: what it lost on validation, and on the test images with the interval of that.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
-        file.write(script)
-        file.flush()
-        command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "-s", file.name, address]
-        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    answers, failed, took, p50, p99 = map(float, shown.split("RESULT")[1].split())
-    columns = {"clients": clients, "requests_per_s": (answers - failed) / took}
-    return columns | {"p50_ms": p50, "p99_ms": p99, "failed": int(failed)}
+    task, settings = data.fashion_mnist(), SEARCHES[network]
+    task = replace(task, train=task.train.subset(settings["examples"], seed=0))
+    dense = models.pretrained(network).to(memory_format=torch.channels_last)
+    before = score(dense, task)
+    for objective, limits in settings["budgets"]:
+        columns = {"network": network, "objective": objective, "most_bytes": limits.size_bytes,
+                   "most_lost": limits.score_lost}  # fmt: skip
+        found = search(
+            dense, task, limits, objective=objective, minutes=20,
+            candidates=settings["candidates"], repair=settings["repair"], polish=POLISH,
+            storage=f"{tempfile.gettempdir()}/search-{network}.db", progress=False,
+        )  # fmt: skip
+        kept = ["name", "stage", "technique", "runtime", "simulated", "size_bytes", "macs",
+                "metric", "higher_is_better", "score", "lost", "harm", "latency_ms", "speedup",
+                "speedup_low", "speedup_high", "verdict"]  # fmt: skip
+        for row in found.frame.reindex(columns=kept).to_dict("records"):
+            yield columns | row
+        if found.winner is None:
+            continue
+        columns |= {"name": found.winner["name"]}
+        for row in found.tested.to_dict("records"):
+            yield columns | {"stage": "tested"} | row
+        yield columns | {
+            "stage": "promised", "size_bytes": found.winner.size_bytes,
+            "promised": found.winner.lost, "lost": found.lost, "lost_low": found.lost_low,
+            "lost_high": found.lost_high, "recipe": json.dumps(json.loads(found.recipe.to_json())),
+        }  # fmt: skip
+    for name, recipe in settings["rivals"].items():
+        for seed in SEEDS:
+            steps = (replace(s, seed=seed) if hasattr(s, "seed") else s for s in recipe.steps)
+            small = Recipe(*steps)(dense, few_validation(task), progress=False)
+            after = score(small, task)
+            yield {"network": network, "name": name, "stage": "tested", "seed": seed,
+                   "size_bytes": measure.artifact_bytes(small, codec="auto"), "score": after,
+                   "lost": before - after}  # fmt: skip
+
+
+def few_validation(task: Task) -> Task:
+    """The task with as few validation examples as the search chooses an epoch by."""
+    return replace(task, validation=task.validation.subset(500, seed=0))
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
@@ -993,8 +1230,12 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     "serving": serving,
     **{f"exports-{network}": partial(exports, network) for network in EXPORTED},
     **{f"runtimes-{network}": partial(in_runtimes, network) for network in SERVED},
+    "advice": advice,
+    "real-models": real_models,
+    "real-films": real_films,
     "attacks": attacks,
     "extraction": extraction,
+    **{f"search-{network}": partial(searching, network) for network in SEARCHES},
 }
 
 

@@ -4,7 +4,7 @@ from importlib import import_module
 
 _MODULES = (
     "advice", "blocks", "diagnosis", "differences", "evidence", "exercises", "facts", "limits",
-    "page", "panels", "plots", "report", "results", "searching", "workshop",
+    "page", "panels", "plots", "report", "searching", "workshop",
 )  # fmt: skip
 _FUNCTIONS = {  # name -> its module
     "advise": "advice",

@@ -488,7 +488,7 @@ def _left(small: nn.Module) -> str:
 
 def _image() -> widgets.Image:
     layout = {"max_width": "100%", "width": "900px"}
-    return widgets.Image(format="png", layout=layout, tooltip="The picture of what is said above")
+    return widgets.Image(format="png", layout=layout)  # with a tooltip, a browser shows none of it
 
 
 def _answer() -> widgets.HTML:

@@ -62,10 +62,12 @@ LESSONS = {
     "12": Lesson("place a layer under the roof of a machine, and explain its speed", ("02",)),
     "13": Lesson("export a model, prove that it answers the same, and choose a runtime", ("02",)),
     "14": Lesson("serve a model to many clients, and keep it up under attack", ("13",)),
+    "15": Lesson("mend what breaks on networks that other people trained", ("02", "05")),
+    "16": Lesson("search under limits, and hand on a report with the evidence", ("06",)),
 }
 ROUTES = {
     "90min": Route("90 minutes", 90, ("00", "01", "02")),
-    "half-day": Route("Half a day", 240, ("00", "01", "02", "03", "05", "06")),
+    "half-day": Route("Half a day", 240, ("00", "01", "02", "03", "05", "06", "16")),
     "two-days": Route("Two days", 720, tuple(LESSONS)),
 }
 ROOT = Path(__file__).parents[2]
