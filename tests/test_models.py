@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from workbench import data, models, training
 # What each must reach on the test split; a class of clothes, or bits per character of Persuasion.
 AT_LEAST = {"lenet-300-100": 0.890, "lenet-5": 0.910, "resnet-8": 0.915, "resnet-14": 0.935}
 AT_MOST = {"char-transformer": 2.00}
+PART = {"resnet-14": 2000, "char-transformer": 500}  # all of the test split takes a minute
 PARAMETERS = {
     "lenet-300-100": 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10,
     "lenet-5": 431_080,  # Han et al. (2016) print 431 K
@@ -138,10 +140,15 @@ def test_committed_accuracy_is_that_of_the_record(name, tasks):
     model = models.pretrained(name)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    value = training.evaluate(model, tasks[record["task"]]).value
-    assert value == pytest.approx(record["test"], abs=0.001)
-    assert value >= AT_LEAST.get(name, 0)
-    assert value <= AT_MOST.get(name, 1)
+    task, near = tasks[record["task"]], 0.001
+    if name in PART:
+        task = replace(task, test=task.test.subset(PART[name], seed=0))
+    found = training.evaluate(model, task)
+    if name in PART:
+        near = 4 * found.scores.double().std().item() / len(found.scores) ** 0.5
+    assert found.value == pytest.approx(record["test"], abs=near)
+    assert record["test"] >= AT_LEAST.get(name, 0)
+    assert record["test"] <= AT_MOST.get(name, 1)
 
 
 @pytest.mark.parametrize("name", models.names())

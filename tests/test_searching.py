@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -254,7 +255,9 @@ def test_the_winner_is_trained_again_and_tested(model, task, tmp_path):
     few = replace(task, validation=task.validation.subset(60, seed=0))
     third = training.evaluate(Recipe(*steps)(model, few, progress=False), task).value
     assert found.tested.score[2] == pytest.approx(third)
-    assert "over 3 seeds" in str(found)
+    assert found.tested.promised[0] == pytest.approx(found.winner.lost)
+    assert found.tested.promised.mean() == pytest.approx(found.promised)
+    assert "with 3 seeds it lost" in str(found)
 
 
 def test_no_time_looks_at_nothing_and_keeps_what_was_found(whole, model, task, tmp_path):
@@ -450,23 +453,41 @@ def test_starts_are_the_best_plans_for_the_sensitivity(harms, limit):
     space = Codes(table(pruning), table(sharing), coded=True)
     levels = [(s, c) for s in SPARSITIES for c in CLUSTERS]
     plans = []
-    for healed in spaces.HEALED:
+    for part, healed in itertools.product(spaces.PARTS, spaces.HEALED):
         pairs = [
             (space.layer_bytes("a", *one) + space.layer_bytes("b", *two),
              space._harm("a", *one, healed) + space._harm("b", *two, healed), (one, two))
             for one in levels for two in levels
         ]  # fmt: skip
-        for share in (1.1, 0.95, 0.75):
-            fitting = [pair for pair in pairs if pair[0] <= share * limit - space.other_bytes]
-            if fitting:
-                least = min(harm for _, harm, _ in fitting)
-                plans.append([both for _, harm, both in fitting if harm <= least + 1e-9])
+        fitting = [pair for pair in pairs if pair[0] <= part * limit - space.other_bytes]
+        if fitting:
+            least = min(harm for _, harm, _ in fitting)
+            plans.append([both for _, harm, both in fitting if harm <= least + 1e-9])
     for parameters, best in zip(
         space.starts(Limits(size_bytes=limit), 120_100), plans, strict=True
     ):
         chosen = tuple((SPARSITIES[parameters[f"{n} sparsity"]],
                         CLUSTERS[parameters[f"{n} clusters"]]) for n in names)  # fmt: skip
         assert chosen in best
+
+
+def test_the_smallest_is_sought_below_what_kept_the_score():
+    """Half of it, or between it and what lost too much; anything cheaper where that is not."""
+    from workbench.explore.searching import _to_train
+
+    screened = pd.DataFrame({"name": [*"abcde"], "size_bytes": [10, 28, 48, 70, 97]})
+    trained = pd.DataFrame({"size_bytes": [100, 120], "lost": [0.01, 0.0]})
+
+    def names(trained, part=screened):
+        return "".join(
+            _to_train(part, trained, "size_bytes", Limits(size_bytes=110, score_lost=0.02)).name
+        )
+
+    assert names(trained) == "c"
+    failed = pd.DataFrame({"size_bytes": [40], "lost": [0.05]})
+    assert names(pd.concat([trained, failed])) == "d"
+    assert names(trained, screened[screened.name != "c"]) == "abd"
+    assert names(failed) == "abcde"
 
 
 def test_tied_layers_get_one_level():

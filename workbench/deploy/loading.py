@@ -114,6 +114,10 @@ class Loaded:
     def _run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         raise NotImplementedError
 
+    def at(self, arrays: Sequence[np.ndarray]) -> "Loaded":
+        """The same for arrays of these shapes alone, where the runtime is faster for that."""
+        return self
+
 
 class OnnxModel(Loaded):
     """ONNX Runtime. ``optimized_path`` receives the graph that the runtime made of the file."""
@@ -168,7 +172,11 @@ def _onnx_spec(entry) -> TensorSpec:
 
 
 class OpenVinoModel(Loaded):
-    """OpenVINO on a zip of its two files; see `lowering.openvino_zip`."""
+    """OpenVINO on a zip of its two files; see `lowering.openvino_zip`.
+
+    It takes any batch. `at` compiles once for each shape, which takes a part of a second, and
+    makes a small model faster by a third.
+    """
 
     runtime, suffix = "openvino", ".zip"
 
@@ -186,15 +194,26 @@ class OpenVinoModel(Loaded):
         self.record = _record(record)
 
     @classmethod
-    def of(cls, model, threads: int) -> "OpenVinoModel":
+    def of(cls, graph, threads: int, record: dict | None = None) -> "OpenVinoModel":
         """The same of an ``openvino.Model`` that is in memory already."""
         loaded = cls.__new__(cls)
-        loaded._compile(model, threads)
-        loaded.record = {}
+        loaded._compile(graph, threads)
+        loaded.record = record or {}
         return loaded
 
-    def _compile(self, model, threads: int) -> None:
+    def at(self, arrays: Sequence[np.ndarray]) -> "OpenVinoModel":
+        key = tuple(array.shape for array in arrays)
+        if key not in self._fixed:
+            check(self.inputs, arrays)
+            fixed = self.graph.clone()
+            names = [spec.name for spec in self.inputs]
+            fixed.reshape(dict(zip(names, key, strict=True)))
+            self._fixed[key] = self.of(fixed, self.threads, self.record)
+        return self._fixed[key]
+
+    def _compile(self, graph, threads: int) -> None:
         openvino = import_openvino()
+        self.graph, self.threads, self._fixed = graph, threads, {}
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
@@ -202,13 +221,13 @@ class OpenVinoModel(Loaded):
             # Else it computes in 16 bits where the processor has them, and answers differ.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+        self.compiled = openvino.Core().compile_model(graph, "CPU", settings)
         self.inputs = tuple(openvino_spec(port) for port in self.compiled.inputs)
         self.outputs = tuple(openvino_spec(port) for port in self.compiled.outputs)
         self._request = self.compiled.create_infer_request()
 
     def _run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return list(self._request.infer(list(arrays), share_inputs=True).to_tuple())
+        return list(self._request.infer(dict(enumerate(arrays)), share_inputs=True).to_tuple())
 
 
 _MOST_UNPACKED = 50  # the graph is text, and shrinks to a twentieth; weights hardly shrink

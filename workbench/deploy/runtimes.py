@@ -34,9 +34,7 @@ from workbench.deploy.loading import (
     Loaded,
     OnnxModel,
     OpenVinoModel,
-    check,
     load_bytes,
-    openvino_spec,
 )
 from workbench.deploy.lowering import int8_lowered, lower, onnx_bytes, openvino_model, openvino_zip
 
@@ -276,7 +274,7 @@ class FilePredictor(Predictor):
 
     def predict(self, *inputs: Tensor) -> Tensor:
         arrays = [x.detach().cpu().numpy() for x in inputs]
-        return torch.from_numpy(self.loaded.run(arrays)[0]).to(self.device)
+        return torch.from_numpy(self.loaded.at(arrays).run(arrays)[0]).to(self.device)
 
     def save(self, path: str | os.PathLike) -> None:
         data.write_whole(path, lambda temporary: Path(temporary).write_bytes(self.artifact))
@@ -318,7 +316,7 @@ _ONNX_INT8 = {
 
 
 class OpenVinoPredictor(FilePredictor):
-    """OpenVINO, compiled anew for each shape of inputs: it is faster where it knows the batch."""
+    """OpenVINO on the same graph."""
 
     def __init__(
         self, model: nn.Module, device: str, example_input: tuple[Tensor, ...], threads: int = 1
@@ -326,31 +324,14 @@ class OpenVinoPredictor(FilePredictor):
         if device != "cpu":
             raise ValueError(f"device is {device!r}; OpenVINO runs on 'cpu' here")
         lowered, note = lower(model)
-        self.graph, self.threads = openvino_model(lowered, example_input), threads
-        self.compiled_for: dict[tuple, Loaded] = {}
-        self.takes = tuple(openvino_spec(port) for port in self.graph.inputs)
-        loaded = self._compile(example_input)
+        self.graph = openvino_model(lowered, example_input)
+        loaded = OpenVinoModel.of(self.graph, threads)
         super().__init__(openvino_zip(self.graph), loaded, device)
         self.model = model
-        self.operations = _openvino_operations(loaded)
-        self.int8_kernels = openvino_int8_kernels(loaded)
+        fixed = loaded.at([x.numpy() for x in example_input])
+        self.operations = _openvino_operations(fixed)
+        self.int8_kernels = openvino_int8_kernels(fixed)
         self._describe(note)
-
-    def predict(self, *inputs: Tensor) -> Tensor:
-        self.loaded = self.compiled_for.get(_shapes(inputs)) or self._compile(inputs)
-        return super().predict(*inputs)
-
-    def _compile(self, inputs: tuple[Tensor, ...]) -> Loaded:
-        check(self.takes, [x.numpy() for x in inputs])
-        fixed = self.graph.clone()
-        names = [spec.name for spec in self.takes]
-        fixed.reshape(dict(zip(names, _shapes(inputs), strict=True)))
-        self.compiled_for[_shapes(inputs)] = OpenVinoModel.of(fixed, self.threads)
-        return self.compiled_for[_shapes(inputs)]
-
-
-def _shapes(inputs: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(x.shape) for x in inputs)
 
 
 def openvino_int8_kernels(loaded: OpenVinoModel) -> int:

@@ -33,6 +33,7 @@ from workbench.compress.recipe import (
 )
 from workbench.data import Metric, Split, Task
 from workbench.deploy.runtimes import RUNTIMES, Predictor, installed, prepare
+from workbench.explore.code import code_of
 from workbench.explore.diagnosis import Finding
 from workbench.explore.facts import Facts, facts
 from workbench.explore.limits import OBJECTIVES, Limits, Objective
@@ -94,20 +95,12 @@ class Advice:
     @property
     def code(self) -> str:
         """The same as Python, for a ``model`` and a ``task``."""
-        steps = ", ".join(map(repr, self.recipe.steps))
-        names = sorted({type(step).__name__ for step in self.recipe.steps} | {"Recipe"})
-        lines = ["from workbench import deploy, storage"]
-        if self.recipe.steps:
-            lines += [
-                f"from workbench.compress import {', '.join(names)}", "",
-                f"small = Recipe({steps})(model, task)",
-            ]  # fmt: skip
-        else:
-            lines += ["", "small = model"]
-        lines += [
+        lines = [
+            "from workbench import deploy, storage", "",
+            code_of(self.recipe) if self.recipe.steps else "small = model",
             'storage.save(small, "small.safetensors")',
             f'fast = deploy.prepare(small, "{self.runtime}", example_input=task.example_input)',
-        ]
+        ]  # fmt: skip
         return "\n".join(lines)
 
 

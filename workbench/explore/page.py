@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from workbench.explore import evidence, panels, plots
+from workbench.explore import evidence, limits, plots
 from workbench.explore.evidence import Frames
 from workbench.storage import Ledger
 
@@ -96,8 +96,8 @@ def _summary(frames: Frames) -> str:
     if after["simulated"]:
         speed += ". Its cheaper arithmetic is simulated: the size is real, this speed says nothing"
     text = "".join(f"<p>{_fill(each, told, frame)}.</p>\n" for each in (size, score, speed))
-    everything = panels.remaining(frame, panels.Limits())
-    best = {each: panels.winner(everything, each) for each in panels.OBJECTIVES}
+    everything = limits.remaining(frame, limits.Limits())
+    best = {each: limits.winner(everything, each) for each in limits.OBJECTIVES}
     wins = "{name} ({size_bytes:bytes}, {metric} {score:score}, {latency_ms:.3g} ms)"
     items = [
         f"The {each} of the {_fill('{candidates}', about)} candidates: {_fill(wins, row, frame)}."

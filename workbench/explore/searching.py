@@ -41,6 +41,7 @@ from workbench.data import Task
 from workbench.deploy.runtimes import prepare
 from workbench.explore import limits as choosing
 from workbench.explore import plots
+from workbench.explore.code import code_of
 from workbench.explore.limits import Limits, Objective
 from workbench.explore.spaces import CLUSTERS, SPARSITIES, Channels, Codes
 from workbench.measure import accuracy, size
@@ -67,8 +68,9 @@ class Search:
     - ``recipe``: as JSON.
 
     ``tested`` has a row for each seed that the winner was trained with: ``seed``, ``size_bytes``,
-    ``score`` and ``lost`` on the test examples. ``lost`` is their mean, with its 95 % interval over
-    the examples, ``lost_low`` to ``lost_high``. ``model`` is the one of the first seed.
+    ``score`` and ``lost`` on the test examples, and ``promised``, what it lost on validation.
+    ``promised`` and ``lost`` are the means; ``lost`` has its 95 % interval over the examples,
+    ``lost_low`` to ``lost_high``. ``model`` is the one of the first seed.
     """
 
     frame: pd.DataFrame
@@ -77,6 +79,7 @@ class Search:
     winner: pd.Series | None = None
     model: nn.Module | None = None
     tested: pd.DataFrame | None = None
+    promised: float = math.nan
     lost: float = math.nan
     lost_low: float = math.nan
     lost_high: float = math.nan
@@ -103,11 +106,7 @@ class Search:
         """Python that makes the winner of ``model`` and ``task``."""
         if self.recipe is None:
             raise ValueError("nothing keeps to the limits, so there is no recipe to open as code")
-        return (
-            "from functools import partial\n\nimport torch\n\n"
-            "from workbench import compress\nfrom workbench.compress import *\n\n"
-            f"recipe = {self.recipe!r}\nsmall = recipe(model, task)\n"
-        )
+        return code_of(self.recipe)
 
     def plot(self) -> plots.Picture:
         """All candidates: what they cost, and what they lose."""
@@ -133,8 +132,9 @@ class Search:
             return line
         low, high = (_lost(value, frame) for value in (self.lost_low, self.lost_high))
         return (
-            f"{line} On the test examples it lost {_lost(self.lost, frame)}, between {low} and "
-            f"{high} with 95 % confidence, over {len(self.tested)} seeds."
+            f"{line} Trained with {len(self.tested)} seeds it lost {_lost(self.promised, frame)} "
+            f"there, and {_lost(self.lost, frame)} on the test examples, between {low} and {high} "
+            "with 95 % confidence."
         )
 
     def _repr_html_(self) -> str:
@@ -286,15 +286,20 @@ class _Run:
             ready = self.how.ready(small, task)
             scores = evaluate(ready, task).scores.double()
             lost.append(_worse(dense, scores, task))
-            row = {"seed": seed, "size_bytes": self.how.size_bytes(ready)}
-            rows.append(row | {"score": scores.mean().item(), "lost": lost[-1].mean().item()})
+            chosen_by = evaluate(ready, task, split="validation").value
+            rows.append({
+                "seed": seed, "size_bytes": self.how.size_bytes(ready),
+                "score": scores.mean().item(), "lost": lost[-1].mean().item(),
+                "promised": _sign(task) * (chosen_by - frame.score[0]),
+            })  # fmt: skip
             first = small if first is None else first
         # One number for each example, so that the interval is that of other examples.
         each = torch.stack(lost).mean(0)
         low, high = accuracy.interval(each, proportion=False)
+        tested = pd.DataFrame(rows)
         return Search(
-            frame, self.limits, self.how.objective, winner, first, pd.DataFrame(rows),
-            each.mean().item(), low, high,
+            frame, self.limits, self.how.objective, winner, first, tested,
+            tested.promised.mean(), each.mean().item(), low, high,
         )  # fmt: skip
 
     def frame(self) -> pd.DataFrame:
@@ -406,12 +411,10 @@ class _Run:
         number = frame.name.str.extract(r"^candidate (\d+)$")[0].astype(float)
         screened = frame[frame.stage.eq("screened") & (number < last)]
         screened = screened[screened.size_bytes <= self.limits.size_bytes]
-        trained = frame[frame.stage.eq("trained") & frame.score.notna()]
-        good = trained[(trained.size_bytes <= self.limits.size_bytes)
-                       & (trained.lost <= self.limits.score_lost)]  # fmt: skip
-        if self.how.objective != "most accurate" and len(good):
+        if self.how.objective != "most accurate":
             cost = "macs" if self.how.objective == "fastest" else "size_bytes"
-            screened = screened[screened[cost] <= 0.9 * good[cost].min()]
+            trained = frame[frame.stage.eq("trained") & frame.score.notna()]
+            screened = _to_train(screened, trained, cost, self.limits)
         favourites = [screened[p].dropna() for p in ("harm", "predicted") if p in screened]
         return list(dict.fromkeys(screened.name[f.idxmin()] for f in favourites if len(f)))
 
@@ -520,6 +523,24 @@ def _trained(job: tuple) -> dict:
     worse = _sign(task) * (found.value - dense)
     seconds = time.monotonic() - start
     return row | {"score": found.value, "lost": worse, "seconds": seconds}
+
+
+def _to_train(
+    screened: pd.DataFrame, trained: pd.DataFrame, cost: str, limits: Limits
+) -> pd.DataFrame:
+    """Those that cost half of the cheapest that kept its score, or lie between it and what did not.
+
+    Where none does, all that are cheaper.
+    """
+    keeps = trained.lost <= limits.score_lost
+    good = trained[cost][keeps & (trained.size_bytes <= limits.size_bytes)].min()
+    if math.isnan(good):
+        return screened
+    bad = trained[cost][~keeps & (trained[cost] < good)].max()
+    aim = good / 2 if math.isnan(bad) else math.sqrt(good * bad)
+    cheaper = screened[screened[cost] <= 0.95 * good]
+    near = cheaper[cheaper[cost].between(0.8 * aim, 1.25 * aim)]
+    return near if len(near) else cheaper
 
 
 def _facts(small: nn.Module, task: Task, recipe: Recipe, size_bytes: int, how: _How) -> dict:

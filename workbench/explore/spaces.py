@@ -6,6 +6,7 @@ layer has its own sparsity and its own number of shared values. `Channels` is fo
 channels, and int8 kernels.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -32,6 +33,9 @@ SHARES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.7, 0.85, 1.0)
 # How much of the harm of pruning is left after training. It is not known before, so plans are made
 # for both: training heals nothing, or nine tenths.
 HEALED = (1.0, 0.1)
+# Of the limit of size, for the plans. Values come unevenly, which a coded file uses: a plan for a
+# little more than the limit may keep to it, and what trains well far below it is the smallest.
+PARTS = (1.1, 0.95, 0.75, 0.5, 0.3)
 
 
 class Codes:
@@ -70,24 +74,23 @@ class Codes:
         return Recipe(*pruned, ShareWeights(clusters=clusters))
 
     def starts(self, limits: Limits, dense_bytes: int) -> list[dict[str, int]]:
-        """Parameters of the plans for the limit of size and a little below it: for each, the levels
-        of least predicted harm, if training heals pruning a little and if it heals much."""
+        """Parameters of the plans for the limit of size and below it: for each, the levels of least
+        predicted harm, if training heals nothing of pruning and if it heals much."""
         most = limits.size_bytes if limits.size_bytes < math.inf else 0.1 * dense_bytes
+        names = {
+            name: [(s, c) for s in self._sparsities(name) for c in CLUSTERS] for name in self.layers
+        }
         found = []
-        for healed in HEALED:
-            names, choices = [], []
-            for name in self.layers:
-                levels = [(s, c) for s in self._sparsities(name) for c in CLUSTERS]
+        for part, healed in itertools.product(PARTS, HEALED):
+            choices = []
+            for name, levels in names.items():
                 sizes = np.array([self.layer_bytes(name, *level) for level in levels], np.int64)
                 harms = np.array([self._harm(name, *level, healed) for level in levels])
-                names.append((name, levels))
                 choices.append((sizes, harms.clip(min=0)))
             least = sum(int(sizes.min()) for sizes, _ in choices)
-            for share in (1.1, 0.95, 0.75):  # values come unevenly, which a coded file uses
-                budget = share * most - self.other_bytes
-                if budget >= least:
-                    chosen = best_choice(choices, budget)
-                    found.append(self._parameters(names, chosen))
+            budget = part * most - self.other_bytes
+            if budget >= least:
+                found.append(self._parameters(names, best_choice(choices, budget)))
         return found
 
     def predicted(self, recipe: Recipe) -> float:
@@ -118,9 +121,9 @@ class Codes:
     def _harm(self, name: str, sparsity: float, clusters: int, healed: float) -> float:
         return healed * self.pruning_harm[name, sparsity] + self.sharing_harm[name, clusters]
 
-    def _parameters(self, names: list[tuple], chosen: list[int]) -> dict[str, int]:
+    def _parameters(self, names: Mapping[str, list], chosen: list[int]) -> dict[str, int]:
         found = {}
-        for (name, levels), index in zip(names, chosen, strict=True):
+        for (name, levels), index in zip(names.items(), chosen, strict=True):
             sparsity, clusters = levels[index]
             if len(self._sparsities(name)) > 1:
                 found[f"{name} sparsity"] = SPARSITIES.index(sparsity)

