@@ -50,34 +50,8 @@ table = panels.layer_table(model, task, lost)
     "panels.layer_view(model, table, lost)",
     "panels.playground(model, task, examples=200)",
 )
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 IDLE = "Python 3 (ipykernel) | Idle"  # in the status bar
 WITHIN_MS = 180_000  # the machine may be busy with the other tests
-
-
-@pytest.fixture
-def browser() -> Iterator:
-    """A headless Chromium. Where it is missing the test is skipped, but fails on CI."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent('playwright is not installed: pip install -e ".[test]"')
-    if CHROMIUM is None:
-        absent("Chromium is not installed: apt-get install chromium, or set CHROMIUM to its path")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
-
-
-def absent(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture
@@ -276,6 +250,7 @@ def open_a_candidate(page, panel, tmp_path, width) -> None:
     page.keyboard.press("Enter")
     expect(panel).to_contain_text("answers are the same")
     expect(panel.locator("img").nth(1)).to_be_visible()
+    assert reach_out(panel) == []
     keep(panel, tmp_path, f"opened-{width}")
 
 

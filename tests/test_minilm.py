@@ -209,7 +209,7 @@ def test_films_are_told_apart_as_the_record_says(films):
 
 def test_it_is_compared_saved_and_exported_as_any_other(films, tmp_path):
     net = models.pretrained("minilm-films")
-    task = replace(films, test=films.test.subset(8))
+    task = replace(films, validation=films.validation.subset(8), test=films.test.subset(8))
     int8 = compress.Recipe(compress.QuantizeDynamic())(net, task)
     path = tmp_path / "films.safetensors"
     storage.save(int8, path, codec="plain", progress=False)

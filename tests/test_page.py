@@ -15,7 +15,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from test_browser import browser  # noqa: F401
 from torch import nn
 
 from workbench import compress, data, measure, training
@@ -507,7 +506,7 @@ def test_a_page_that_cannot_be_drawn_leaves_the_old_one(task, frames, tmp_path, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_page_in_a_browser(browser, text, tmp_path):  # noqa: F811
+def test_the_page_in_a_browser(browser, text, tmp_path):
     """Offline, at three widths, light and dark: no message, nothing wider than the window."""
     path = tmp_path / "page.html"
     path.write_text(text, encoding="utf-8")
