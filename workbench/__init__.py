@@ -4,7 +4,7 @@ Rooms: ``data``, ``models`` and ``training`` are the bench; ``compress`` makes a
 ``storage`` makes a small file of it, ``transfer`` takes that to another machine, ``deploy`` runs
 it, ``parallel`` shares the work among several processes, ``measure`` gives the evidence and
 ``explore`` shows it. Each is imported when it is first used, so that ``import workbench`` itself
-costs almost nothing.
+costs almost nothing. Begin with `measure.compare`, or with ``notebooks/00_start_here.ipynb``.
 """
 
 from importlib import import_module

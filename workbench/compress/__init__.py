@@ -1,4 +1,22 @@
-"""A model in, a cheaper model out. The model passed in is never changed."""
+"""A model in, a cheaper model out. The model passed in is never changed.
+
+module                what it does
+--------------------  -----------------------------------------------------------------------------
+`quantization`        fewer bits for weights and activations, without training
+`quantization_aware`  with training
+`rounding`            GPTQ: rounding that looks at the data
+`smoothing`           SmoothQuant: outliers moved from activations into weights
+`equalization`        channels of one size across layers
+`bias_correction`     what rounding does to the means, taken back
+`pruning`             zeros in place of weights
+`structured`          fewer channels, neurons and heads
+`weight_sharing`      few distinct weights
+`low_rank`            products of thinner layers
+`distillation`        a small model learns from a large one
+`recipe`              several of these in a row
+`planning`            which layer bears how much, and a budget of bytes divided
+`layers`              what a technique did with each layer, and why it left some alone
+"""
 
 from workbench.compress.bias_correction import correct_bias
 from workbench.compress.computed import steps, weights
