@@ -1,6 +1,7 @@
 # What a newcomer needs is `make lab` and `make test`; both install on first use, into .venv.
 PYTHON ?= python3
-WORKERS ?= 2
+# One more than most machines of a CI have cores: tests of servers and processes wait a lot.
+WORKERS ?= 3
 ARGS ?=
 
 BIN := .venv/bin

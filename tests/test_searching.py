@@ -121,7 +121,16 @@ def test_what_is_trained_was_favoured_by_a_proxy(whole):
     left = first[first.stage.eq("screened") & first.size_bytes.le(LIMITS.size_bytes)]
     assert len(left)
     assert trained.size_bytes.max() <= LIMITS.size_bytes * 1.05  # training moves a few bytes
-    assert all(json.loads(text)["steps"][-1]["step"] == "FineTune" for text in trained.recipe)
+    assert any(json.loads(text)["steps"][-1]["step"] == "FineTune" for text in trained.recipe)
+
+
+def test_training_that_does_harm_is_left_out(model, task, tmp_path):
+    harmful = FineTune(optimizer=partial(torch.optim.SGD, lr=100.0))
+    options = OPTIONS | {"repair": harmful, "polish": harmful, "candidates": 8}
+    found = search(model, task, LIMITS, storage=tmp_path / "search.db", **options)
+    trained = found.frame[found.frame.stage.eq("trained")]
+    assert len(trained)
+    assert not trained.recipe.str.contains("FineTune").any()
 
 
 def test_front_is_what_no_other_trained_one_beats(whole):
@@ -258,6 +267,7 @@ def test_the_winner_is_trained_again_and_tested(model, task, tmp_path):
     assert found.tested.promised[0] == pytest.approx(found.winner.lost)
     assert found.tested.promised.mean() == pytest.approx(found.promised)
     assert "with 3 seeds it lost" in str(found)
+    assert repr(found) == str(found)
 
 
 def test_no_time_looks_at_nothing_and_keeps_what_was_found(whole, model, task, tmp_path):

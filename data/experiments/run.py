@@ -865,7 +865,7 @@ def fixed_point() -> Iterator[dict]:
         }  # fmt: skip
 
 
-EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8")
+EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8", "resnet-14")
 
 
 def exports(network: str) -> Iterator[dict]:
@@ -1151,7 +1151,7 @@ SEARCHES = {
                  ("fastest", Limits(size_bytes=60_000, score_lost=0.05))],
     ),
     "resnet-14": dict(
-        examples=10_000, repair=replace(REPAIR, augment=data.flip_and_shift), candidates=32,
+        examples=10_000, repair=replace(POLISH, augment=data.flip_and_shift), candidates=16,
         rivals={
             "uniform 3 bits": Recipe(QuantizeWeights(bits=3)),
             "7 values": Recipe(ShareWeights(clusters=7), POLISH),

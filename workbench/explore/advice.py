@@ -367,11 +367,11 @@ def _zeros(f: Facts) -> Iterator[Idea | Finding]:
 
 
 def _bfloat16(f: Facts) -> Iterator[Idea | Finding]:
-    if not {"AMX BF16", "BF16"} & {*f.extensions}:
+    if not {"AMX BF16", "AVX-512 BF16", "BF16"} & {*f.extensions}:
         yield Finding(
             "Do not convert to bfloat16 for speed",
-            f"this processor has {', '.join(f.extensions) or 'no vector extensions'}, and no "
-            "matrix unit for bfloat16",
+            f"this processor has {', '.join(f.extensions) or 'no vector extensions'}, and "
+            "nothing that multiplies in bfloat16",
             "Use int8 kernels",
         )
 

@@ -1,9 +1,10 @@
 """Find the recipe for a budget: "at most 60 kB, at most 1 point lost, fastest".
 
 Most candidates are only looked at: built without training, which takes a second, their size and
-their loss on a few validation examples. The few that these cheap proxies favour are trained. What
-is found is then trained again with other seeds and scored on the test examples, which the search
-never saw. All that was tried lies in a database, so that a search that was stopped goes on.
+their loss on a few validation examples. The few that these cheap proxies favour are trained, and
+kept as they were where training does harm. What is found is then trained again with other seeds and
+scored on the test examples, which the search never saw. All that was tried lies in a database, so
+that a search that was stopped goes on.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ from workbench.measure import accuracy, size
 from workbench.measure.latency import measure_latency
 from workbench.training import Evaluation, evaluate
 
-VERSION = 1  # of what is kept in the database
+VERSION = 2  # of what is kept in the database
 ROUND = 8  # candidates that are looked at before the best of them are trained
 TIMED = 6  # candidates whose latency is measured
 REPAIR = FineTune()
@@ -62,7 +63,8 @@ class Search:
     ``frame`` has the model itself, then a row for each candidate, with the columns of
     `workbench.measure.compare` that are known, and these:
 
-    - ``stage``: "baseline", "screened" (no training, few validation examples) or "trained";
+    - ``stage``: "baseline", "screened" (no training, few validation examples) or "trained" (unless
+      training did harm: the recipe says it), and scored on all validation examples;
     - ``lost``: how much worse the score is than the model's own on the same examples;
     - ``harm``: the same for the loss, ``predicted`` what the sensitivity of the layers says of it;
     - ``recipe``: as JSON.
@@ -136,6 +138,8 @@ class Search:
             f"there, and {_lost(self.lost, frame)} on the test examples, between {low} and {high} "
             "with 95 % confidence."
         )
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         steps = "" if self.recipe is None else self.recipe._repr_html_()
@@ -425,12 +429,12 @@ class _Run:
         jobs = []
         for name in missing:
             if name in self.recipes:
-                recipe = _seeded(self.recipes[name], self.how.seed)
-            else:
-                row = screened[name].user_attrs["row"]
-                recipe = self.how.trained(Recipe.from_json(row["recipe"]), self.how.seed)
+                ways = [_seeded(self.recipes[name], self.how.seed)]
+            else:  # training may do harm where little was taken away
+                bare = Recipe.from_json(screened[name].user_attrs["row"]["recipe"])
+                ways = [bare, self.how.trained(bare, self.how.seed)]
             dense = self.study.user_attrs["dense"]["row"]["score"]
-            jobs.append((self.model, self.few, self.blind, recipe, self.how, dense))
+            jobs.append((self.model, self.few, self.blind, ways, self.how, dense))
         needed = max([row["seconds"] for row in self._trained()], default=0)
         results = self._map(_trained, jobs, needed)
         for name, row in zip(missing, results, strict=False):
@@ -505,24 +509,28 @@ def _screened(job: tuple) -> dict:
 
 
 def _trained(job: tuple) -> dict:
-    """What it is worth and costs after training, on all validation examples."""
-    model, few, task, recipe, how, dense = job
+    """What it is worth and costs, on all validation examples, in the way that loses least."""
+    model, few, task, ways, how, dense = job
     start = time.monotonic()
+    rows = [_evaluated(model, few, task, recipe, how, dense) for recipe in ways]
+    best = min(rows, key=lambda row: (math.isnan(row["lost"]), row["lost"]))
+    return best | {"seconds": time.monotonic() - start}
+
+
+def _evaluated(
+    model: nn.Module, few: Task, task: Task, recipe: Recipe, how: _How, dense: float
+) -> dict:
     try:
         small = _made(recipe, model, few, task)
         ready = how.ready(small, task)
         found: Evaluation = evaluate(ready, task, split="validation")
     except ValueError as error:
-        seconds = time.monotonic() - start
-        return {"error": str(error), "seconds": seconds, "score": math.nan, "lost": math.nan,
-                "size_bytes": math.nan, "technique": "none", "simulated": False,
-                "recipe": recipe.to_json()}  # fmt: skip
+        return {"error": str(error), "score": math.nan, "lost": math.nan, "size_bytes": math.nan,
+                "technique": "none", "simulated": False, "recipe": recipe.to_json()}  # fmt: skip
     row = _facts(small, few, recipe, how.size_bytes(ready), how)
     if how.objective == "fastest":
         row["simulated"] = ready.simulated
-    worse = _sign(task) * (found.value - dense)
-    seconds = time.monotonic() - start
-    return row | {"score": found.value, "lost": worse, "seconds": seconds}
+    return row | {"score": found.value, "lost": _sign(task) * (found.value - dense)}
 
 
 def _to_train(
