@@ -54,12 +54,10 @@ def conda_lines() -> list[str]:
 
 
 def tracked() -> list[Path]:
-    """Every file of the project; those that git would add included."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    return [ROOT / name for name in names if (ROOT / name).is_file()]
+    """Every file that git knows; others come and go while notebooks run beside this."""
+    command = ["git", "ls-files"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [ROOT / name for name in names.splitlines() if (ROOT / name).is_file()]
 
 
 def test_lock_holds_every_direct_dependency_at_its_version():
