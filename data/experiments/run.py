@@ -865,7 +865,7 @@ def fixed_point() -> Iterator[dict]:
         }  # fmt: skip
 
 
-EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8", "resnet-14")
+EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8")
 
 
 def exports(network: str) -> Iterator[dict]:
