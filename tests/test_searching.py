@@ -483,15 +483,12 @@ def test_starts_are_the_best_plans_for_the_sensitivity(harms, limit):
 
 def test_the_smallest_is_sought_below_what_kept_the_score():
     """Half of it, or between it and what lost too much; anything cheaper where that is not."""
-    from workbench.explore.searching import _to_train
-
     screened = pd.DataFrame({"name": [*"abcde"], "size_bytes": [10, 28, 48, 70, 97]})
     trained = pd.DataFrame({"size_bytes": [100, 120], "lost": [0.01, 0.0]})
 
     def names(trained, part=screened):
-        return "".join(
-            _to_train(part, trained, "size_bytes", Limits(size_bytes=110, score_lost=0.02)).name
-        )
+        limits = Limits(size_bytes=110, score_lost=0.02)
+        return "".join(searching._to_train(part, trained, "size_bytes", limits).name)
 
     assert names(trained) == "c"
     failed = pd.DataFrame({"size_bytes": [40], "lost": [0.05]})

@@ -174,8 +174,7 @@ def _onnx_spec(entry) -> TensorSpec:
 class OpenVinoModel(Loaded):
     """OpenVINO on a zip of its two files; see `lowering.openvino_zip`.
 
-    It takes any batch. `at` compiles once for each shape, which takes a part of a second, and
-    makes a small model faster by a third.
+    It takes any batch. `at` compiles once for each shape, and that answers sooner.
     """
 
     runtime, suffix = "openvino", ".zip"
