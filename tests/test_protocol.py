@@ -208,11 +208,16 @@ def test_compressed_bodies_are_opened_within_the_limit():
     assert refused.value.status == 415
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [b"", b"abc", gzip.compress(b"abc")[:-1], gzip.compress(b"abc") + b"x",
-     gzip.compress(b"abc") + gzip.compress(b"def")],
-)  # fmt: skip
+DAMAGED = {
+    "empty": b"",
+    "not gzip": b"abc",
+    "cut": gzip.compress(b"abc")[:-1],
+    "something after it": gzip.compress(b"abc") + b"x",
+    "two in one": gzip.compress(b"abc") + gzip.compress(b"def"),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)  # gzip's bytes tell the time
 def test_damaged_compressed_bodies_are_refused(damaged):
     with pytest.raises(Refused, match=r"not gzip|cut short") as refused:
         inflate(damaged, "gzip", 3000)
