@@ -18,7 +18,7 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
 packages = $$(sed -n '/^$(1) = /,/^]/s/^ *"\(.*==.*\)".*/\1/p' pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test report workshop models experiments bench format lock clean
+.PHONY: help lab test report workshop results models experiments bench format lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -38,6 +38,9 @@ report: $(INSTALLED) ## the main comparison as one HTML page: build/report.html
 
 workshop: $(INSTALLED) ## the students' edition of the notebooks: build/workshop
 	$(BIN)/python -m workbench.explore.workshop build/workshop $(ARGS)
+
+results: $(INSTALLED) ## measure the tables of the README again (half an hour)
+	$(BIN)/python -m workbench.explore.results $(ARGS)
 
 models: $(INSTALLED) ## train the reference networks again (hours on two cores)
 	$(BIN)/python data/models/train.py $(ARGS)

@@ -6,13 +6,11 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import workbench
-from workbench.explore import blocks, report
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,13 +130,6 @@ def test_ci_runs_the_command_of_the_readme():
 @pytest.mark.parametrize("command", ["make lab", "make test"])
 def test_readme_gives_the_commands(command):
     assert command in text("README.md")
-
-
-@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
-def test_readmes_show_the_recorded_comparison(page):
-    frame = pd.read_csv(ROOT / "docs/comparison.csv", dtype={"note": str, "error": str})
-    frame[["note", "error"]] = frame[["note", "error"]].fillna("")
-    assert blocks.read(ROOT / page, "comparison") == report.markdown(frame)
 
 
 def test_readme_links_lead_somewhere():

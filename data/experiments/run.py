@@ -1168,6 +1168,7 @@ def searching(network: str) -> Iterator[dict]:
 
     Rows of the stage "tested" are scores on the test images, one for each seed; "promised" is the
     winner: what it lost on validation and on the test images over these seeds, with the interval.
+    The winners that keep every channel are kept as coded files.
     """
     task, settings = data.fashion_mnist(), SEARCHES[network]
     if settings["examples"] is not None:
@@ -1189,6 +1190,9 @@ def searching(network: str) -> Iterator[dict]:
             yield columns | row
         if found.winner is None:
             continue
+        if objective != "fastest":
+            file = f"experiments/search-{network}-{objective.replace(' ', '-')}.safetensors"
+            storage.save(found.model, data.folder() / file, progress=False)
         columns |= {"name": found.winner["name"]}
         for row in found.tested.to_dict("records"):
             yield columns | {"stage": "tested"} | row

@@ -15,6 +15,7 @@ module          what it does
 `report`        sentences and tables from frames, and the page to hand on
 `evidence`      what that page is drawn from
 `page`          the page itself, and its frames read back
+`results`       the tables of the README, measured
 `blocks`        generated parts of pages that people write
 `exercises`     answers checked, hints, a score sheet
 `workshop`      the students' edition, and its check
@@ -25,7 +26,8 @@ from importlib import import_module
 
 _MODULES = (
     "advice", "blocks", "code", "diagnosis", "differences", "evidence", "exercises", "facts",
-    "labels", "limits", "page", "panels", "plots", "report", "searching", "spaces", "workshop",
+    "labels", "limits", "page", "panels", "plots", "report", "results", "searching", "spaces",
+    "workshop",
 )  # fmt: skip
 _FUNCTIONS = {  # name -> its module
     "advise": "advice",

@@ -2,8 +2,7 @@
 
 `say` writes a sentence, `table` a short table, `page` one HTML page on a model and what was done to
 it, from which `read_page` gets the frames back. As a program, ``python -m
-workbench.explore.report`` runs the main comparison and writes its page; with ``--record`` it also
-keeps the frame and the picture under ``docs/`` and the table in the READMEs.
+workbench.explore.report`` runs the main comparison and writes its page.
 """
 
 import argparse
@@ -18,12 +17,12 @@ import pandas as pd
 
 from workbench import compress, data, measure, models
 from workbench.data import Task
-from workbench.explore import blocks, evidence, plots
+from workbench.explore import evidence, plots
 from workbench.explore.page import html
 from workbench.explore.page import read as read_page
 from workbench.measure.comparison import Candidate
 
-__all__ = ["Prose", "main", "markdown", "page", "read_page", "record", "say", "table"]
+__all__ = ["Prose", "main", "markdown", "page", "read_page", "say", "table"]
 
 
 @dataclass(frozen=True)
@@ -180,19 +179,10 @@ def main_models() -> tuple[Task, compress.Recipe, dict[str, Candidate]]:
     }  # fmt: skip
 
 
-def record(frame: pd.DataFrame) -> None:
-    """Keep a comparison as ``docs/comparison.csv``, its picture, and its table in the READMEs."""
-    root = Path(__file__).parents[2]
-    frame.to_csv(root / "docs" / "comparison.csv", index=False)
-    (root / "docs" / "tradeoff.png").write_bytes(plots.tradeoff(frame).png(dpi=120))
-    blocks.put("comparison", markdown(frame), root / "README.md", root / "README.zh-CN.md")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the main comparison and write its page."""
     parser = argparse.ArgumentParser(prog="workbench.explore.report", description=main.__doc__)
     parser.add_argument("--output", default="build/report.html", help="file to write")
-    parser.add_argument("--record", action="store_true", help="renew docs/ and the READMEs' table")
     given = parser.parse_args(arguments)
     task, recipe, candidates = main_models()
     frame = measure.compare(task, candidates)
@@ -200,8 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task, candidates, given.output, comparison=frame, after="int8, ORT", recipe=recipe,
         code=inspect.getsource(main_models),
     )  # fmt: skip
-    if given.record:
-        record(frame)
     print(f"wrote {path}")
 
 
