@@ -86,6 +86,13 @@ def test_a_network_is_measured_beside_its_peer(monkeypatch):
     assert {line.count("|") for line in table} == {8}
     assert f"{frame['size_bytes'].iloc[1] / 1e3:,.0f}" in table[2]
     assert "published: 40 times smaller" in table[2]
+    assert ("simulated" in table[2]) == frame["simulated"].iloc[1]
+
+
+def test_what_the_readme_says_of_simulated_models_holds():
+    frame = results.read("headline")
+    assert (frame["speedup"][frame["simulated"]] < 1).all()
+    assert results.headline_table(frame).count("simulated") == frame["simulated"].sum() > 0
 
 
 def test_keep_and_read_return_the_same_frame(tmp_path, monkeypatch):

@@ -28,7 +28,6 @@ from workbench.measure.comparison import Candidate
 LOSS = 0.01  # most that a network of the headline may lose: of the metric, or of its bits
 SEED = 0
 VALIDATION_EXAMPLES = 1000
-PERCENT = ("accuracy", "agreement")
 PEER = "int8 by NNCF, OpenVINO"
 # What others state: times smaller, of the same networks on handwritten digits.
 # Han and others (2016), "Deep Compression".
@@ -104,21 +103,20 @@ def headline_table(frame: pd.DataFrame) -> str:
     for network, rows in frame.groupby("network", sort=False):
         dense, small, fast, peer = (row for _, row in rows.iterrows())
         published = PUBLISHED.get(network)
+        percent = plots.is_percent(rows)
+        scores = [f"{100 * v:.1f} %" if percent else f"{v:.3f} bits" for v in rows["score"]]
         lines.append([
             network,
-            _score(dense),
+            scores[0],
             f"{dense.size_bytes / 1e3:,.0f} → **{small.size_bytes / 1e3:,.0f}**",
             f"{dense.latency_ms:.3g} → **{fast.latency_ms:.3g}**",
-            f"{small['name']}: {small.compression_ratio:.1f} times smaller, {_score(small)}",
-            f"{fast['name']}: {fast.speedup:.1f} times as fast, {_score(fast)}",
+            f"{small['name']}: {small.compression_ratio:.1f} times smaller, {scores[1]}"
+            + (", simulated" if small.simulated else ""),
+            f"{fast['name']}: {fast.speedup:.1f} times as fast, {scores[2]}",
             f"{peer.compression_ratio:.1f} times smaller, {peer.speedup:.1f} times as fast, "
-            f"{_score(peer)}" + (f"; published: {published} times smaller" if published else ""),
+            f"{scores[3]}" + (f"; published: {published} times smaller" if published else ""),
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _score(row: pd.Series) -> str:
-    return f"{100 * row.score:.1f} %" if row.metric in PERCENT else f"{row.score:.3f} bits"
 
 
 def _of_network(name: str, progress: bool) -> pd.DataFrame:
