@@ -210,6 +210,28 @@ def test_onnx_runs_without_torch(tmp_path):
     assert found.stdout.strip() == f"{[WEIGHT.sum(0).tolist()]} False"
 
 
+COME_AND_GO = """
+import signal, sys
+from workbench.deploy.loading import load_bytes
+
+file = open(sys.argv[1], "rb").read()
+first, second = load_bytes(file), load_bytes(file)
+del first
+del second
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("it goes on")
+"""
+
+
+def test_a_notebook_survives_an_interrupt_after_openvino_models_have_gone(tmp_path):
+    (tmp_path / "model.zip").write_bytes(openvino_file())
+    command = [sys.executable, "-X", "faulthandler", "-c", COME_AND_GO, tmp_path / "model.zip"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "it goes on\n"), done.stderr
+
+
 def test_the_module_itself_needs_only_numpy():
     source = Path(importlib.util.find_spec("workbench.deploy.loading").origin).read_text()
     tops = {line.split()[1].split(".")[0] for line in source.splitlines()

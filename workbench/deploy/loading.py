@@ -5,6 +5,7 @@ process imports. The bytes may come from a file, or from a decrypted one that ne
 `workbench.deploy.exporting` makes such files; a plain ``.onnx`` file from anywhere loads too.
 """
 
+import functools
 import io
 import json
 import os
@@ -211,7 +212,6 @@ class OpenVinoModel(Loaded):
         return self._fixed[key]
 
     def _compile(self, graph, threads: int) -> None:
-        openvino = import_openvino()
         self.graph, self.threads, self._fixed = graph, threads, {}
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -220,7 +220,7 @@ class OpenVinoModel(Loaded):
             # Else it computes in 16 bits where the processor has them, and answers differ.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self.compiled = openvino.Core().compile_model(graph, "CPU", settings)
+        self.compiled = openvino_core().compile_model(graph, "CPU", settings)
         self.inputs = tuple(openvino_spec(port) for port in self.compiled.inputs)
         self.outputs = tuple(openvino_spec(port) for port in self.compiled.outputs)
         self._request = self.compiled.create_infer_request()
@@ -243,12 +243,23 @@ def import_openvino():
     return openvino
 
 
+@functools.cache
+def openvino_core():
+    """The one ``openvino.Core`` of this process.
+
+    Each core gives the thread that it first compiles in a new stack for signals, and takes it away
+    at its end (OpenVINO 2026.4). Where a later core is alive then, that thread is left on a stack
+    that is gone in the end, and the next interrupt of a notebook ends its kernel.
+    """
+    return import_openvino().Core()
+
+
 def read_openvino(xml: bytes, weights: bytes):
     """An ``openvino.Model`` from the bytes of its two files."""
     openvino = import_openvino()
     try:
         shared = openvino.Tensor(np.frombuffer(weights, np.uint8)) if weights else openvino.Tensor()
-        return openvino.Core().read_model(xml, shared)
+        return openvino_core().read_model(xml, shared)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO does not load the file: {error}") from error
 

@@ -30,7 +30,7 @@ from workbench.compress.computed import (
     weight_names,
 )
 from workbench.compress.quantizers import DynamicQuantizer, QuantizedWeight, StaticQuantizer
-from workbench.deploy.loading import WEIGHTS, XML, import_openvino
+from workbench.deploy.loading import WEIGHTS, XML, import_openvino, openvino_core
 from workbench.training import evaluation_mode
 
 Inputs = tuple[Tensor, ...]
@@ -178,9 +178,8 @@ def openvino_model(lowered: nn.Module, example_input: Inputs):
         UnsupportedError: an operation that ONNX or OpenVINO does not have, with its layer.
         ImportError: OpenVINO is not installed.
     """
-    openvino = import_openvino()
     try:
-        return openvino.Core().read_model(onnx_bytes(lowered, example_input, round_lstms=False))
+        return openvino_core().read_model(onnx_bytes(lowered, example_input, round_lstms=False))
     except RuntimeError as error:
         text = str(error)
         places = [
