@@ -18,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 import torch.distributed as dist
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, MultiStepLR
@@ -865,7 +870,7 @@ def fixed_point() -> Iterator[dict]:
         }  # fmt: skip
 
 
-EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8")
+EXPORTED = ("lenet-300-100", "lenet-5", "resnet-8", "resnet-14")
 
 
 def exports(network: str) -> Iterator[dict]:
@@ -1129,6 +1134,53 @@ def serving() -> Iterator[dict]:
                 yield {"network": network, "server": row.pop("name")} | row
 
 
+SOAK_MINUTES = 10
+
+
+def soak() -> Iterator[dict]:
+    """Memory of a server's processes, and its answers by status, in ten minutes of 32 clients.
+
+    Every request is one image as JSON, to LeNet-5. The clients are wrk; the statuses are those
+    that the server itself counts, since its start.
+    """
+    task = data.fashion_mnist()
+    body = {"inputs": task.example_input[0][:1].numpy().round(4).tolist()}
+    load = dict(clients=[32], seconds=SOAK_MINUTES * 60)
+    with serve(models.pretrained("lenet-5"), task=task) as service:
+        request = Request(f"{service.url}/predict", body)
+        request.wait()
+        with ThreadPoolExecutor(1) as thread:
+            start, under_load = time.monotonic(), thread.submit(wrk, {"workbench": request}, **load)
+            for minute in range(1, SOAK_MINUTES + 1):
+                time.sleep(max(0.0, start + 60 * minute - 1 - time.monotonic()))
+                yield {"minute": minute} | memory_mb(service.pid) | statuses(service.url)
+            under_load.result()
+
+
+def memory_mb(pid: int) -> dict[str, float]:
+    """Memory of a server: of the process that talks, the one that forks, and those that compute."""
+    front = psutil.Process(pid)
+    (nursery,) = front.children()
+    workers = nursery.children()
+    found = {"front": [front], "nursery": [nursery], "workers": workers}
+    return {
+        f"{name}_mb": sum(process.memory_info().rss for process in processes) / 1e6
+        for name, processes in found.items()
+    }
+
+
+def statuses(url: str) -> dict[str, int]:
+    """How many requests a server has answered well, refused as too many, and answered otherwise."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    count = Counter()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "workbench_requests_total":
+                kind = {"200": "answered", "429": "refused"}.get(sample.labels["status"], "failed")
+                count[kind] += int(sample.value)
+    return {kind: count[kind] for kind in ("answered", "refused", "failed")}
+
+
 # What recipes written by hand reach, the first one as notebook 06 writes it; the second one, and
 # the search, train for as long with the optimizer that serves best.
 ADAMW, SOFTLY = (partial(torch.optim.AdamW, lr=rate) for rate in (2e-3, 5e-4))
@@ -1233,6 +1285,7 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[dict]]] = {
     "fixed-point": fixed_point,
     "pipeline-bubble": pipeline_bubble,
     "serving": serving,
+    "soak": soak,
     **{f"exports-{network}": partial(exports, network) for network in EXPORTED},
     **{f"runtimes-{network}": partial(in_runtimes, network) for network in SERVED},
     "advice": advice,
