@@ -458,13 +458,13 @@ print(memory_bytes("VmHWM") - before, sum(tensor.nbytes for tensor in state.valu
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to ask for memory")
 @pytest.mark.parametrize("tensors", [1, 10])
 def test_loading_takes_little_more_memory_than_the_model(tmp_path, tensors):
-    weight = torch.randn(100_000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.randn(50_000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
     large, small = tmp_path / "large.safetensors", tmp_path / "small.safetensors"
     save({"w": weight[:10].clone()}, small, codec="huffman")
     pieces = {f"w{i}": piece.clone() for i, piece in enumerate(weight.chunk(tensors))}
-    assert save(pieces, large, codec="huffman").size_bytes < 0.75 * 2e8
+    assert save(pieces, large, codec="huffman").size_bytes < 0.75 * 1e8
     taken, decoded = map(int, run(MEMORY, large, small).split())
-    assert decoded == 2e8
+    assert decoded == 1e8
     assert taken <= 1.1 * decoded + 64 * 2**20
 
 

@@ -218,10 +218,12 @@ def test_an_operation_that_is_missing_is_named_with_its_layer(layer, format, mes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_compiler_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+def test_a_missing_compiler_is_told(tmp_path):
+    # Not by monkeypatch, which would delete the setting at the end, for all tests after it.
+    without = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
     task = data.task(*[(torch.rand(20, 3), torch.zeros(20).long())] * 2)
-    with pytest.raises(UnsupportedError, match=r"AOTInductor cannot compile .* compiler"):
+    message = r"AOTInductor cannot compile .* compiler"
+    with without, pytest.raises(UnsupportedError, match=message):
         export(nn.Linear(3, 2), tmp_path / "a.pt2", "aotinductor", task=task)
 
 
