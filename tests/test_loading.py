@@ -218,6 +218,7 @@ file = open(sys.argv[1], "rb").read()
 first, second = load_bytes(file), load_bytes(file)
 del first
 del second
+signal.signal(signal.SIGINT, signal.default_int_handler)  # some shells make their children deaf
 try:
     signal.raise_signal(signal.SIGINT)
 except KeyboardInterrupt:
