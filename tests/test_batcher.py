@@ -191,6 +191,16 @@ def test_work_of_a_worker_that_dies_is_done_by_another():
     run(scenario)
 
 
+def test_two_workers_may_die_of_a_request_by_chance():
+    async def scenario():
+        async with Bench() as bench:
+            bench.deaths = 2
+            await bench.ask(0)
+            assert bench.batches == [[0], [0], [0]]
+
+    run(scenario)
+
+
 def test_a_request_that_kills_workers_is_given_up_and_takes_no_other_along():
     async def scenario():
         async with Bench() as bench:
@@ -199,7 +209,7 @@ def test_a_request_that_kills_workers_is_given_up_and_takes_no_other_along():
             )
             assert isinstance(answers[1], Refused)
             assert answers[1].status == 500
-            assert "ended twice" in answers[1].reason
+            assert "3 workers ended" in answers[1].reason
             assert [type(answers[n]) for n in (0, 2)] == [np.ndarray] * 2
             await bench.ask(3)
 

@@ -36,6 +36,9 @@ _SHED_S, _LONGEST_SHED_S = 2.0, 64.0  # for which the queue is kept short
 _TICK_S, _IDLE_TICKS = 1.0, 10
 _BUSY, _SPARE = 0.8, 0.5  # of the time
 _STUCK_S = 60.0  # a worker that needs longer for a batch is killed
+# A request is given up with so many workers: in a batch another may be to blame, and a worker may
+# be killed by chance; twice more, by itself, is no chance.
+_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,13 @@ class Pace:
 class _Waiting:
     """One request in the queue."""
 
-    __slots__ = ("alone", "arrays", "examples", "future", "gone", "shapes", "timer")
+    __slots__ = ("alone", "arrays", "deaths", "examples", "future", "gone", "shapes", "timer")
 
     def __init__(self, arrays: list[np.ndarray], examples: int, gone: Callable[[], bool]):
         self.arrays, self.examples, self.gone = arrays, examples, gone
         self.shapes = [(array.shape[1:], array.dtype) for array in arrays]
         self.alone = False  # it was in a batch that failed, so it is computed by itself
+        self.deaths = 0  # of workers, while they computed it
         self.future = asyncio.get_running_loop().create_future()
 
     def fail(self, error: Exception) -> None:
@@ -318,12 +322,15 @@ class Batcher:
             if self.signature.has_batch and any(len(output) != examples for output in outputs):
                 raise ModelError("its outputs have another number of examples than its inputs")
         except WorkerDied:
-            again = "the worker ended twice while it computed this request"
-            self._try_again(batch, Refused(500, again))
+            for waiting in batch:
+                waiting.deaths += 1
+                if waiting.deaths == _DEATHS:
+                    waiting.fail(Refused(500, f"{_DEATHS} workers ended while they computed it"))
+            self._try_again([waiting for waiting in batch if waiting.deaths < _DEATHS])
         except ModelError as error:
             reason = Refused(422, f"the model cannot compute these inputs: {error}")
             if len(batch) > 1:
-                self._try_again(batch, reason)
+                self._try_again(batch)
             else:
                 batch[0].fail(reason)
         else:
@@ -340,15 +347,12 @@ class Batcher:
                 self._idle.append(worker)
             self._schedule()
 
-    def _try_again(self, batch: list[_Waiting], error: Refused) -> None:
-        """Compute each request of a failed batch by itself, once: one of them may be to blame."""
+    def _try_again(self, batch: list[_Waiting]) -> None:
+        """Compute each request of a failed batch by itself: one of them may be to blame."""
         for waiting in reversed(batch):
-            if waiting.alone:
-                waiting.fail(error)
-            else:
-                waiting.alone = True
-                self._queue.appendleft(waiting)
-                self._queued_examples += waiting.examples
+            waiting.alone = True
+            self._queue.appendleft(waiting)
+            self._queued_examples += waiting.examples
 
     def _join(self, worker: Worker) -> None:
         self._workers.add(worker)
