@@ -36,8 +36,8 @@ _SHED_S, _LONGEST_SHED_S = 2.0, 64.0  # for which the queue is kept short
 _TICK_S, _IDLE_TICKS = 1.0, 10
 _BUSY, _SPARE = 0.8, 0.5  # of the time
 _STUCK_S = 60.0  # a worker that needs longer for a batch is killed
-# A request is given up with so many workers: in a batch another may be to blame, and a worker may
-# be killed by chance; twice more, by itself, is no chance.
+# Workers that end while they compute a request, before it is given up. For the first, another of
+# its batch may be to blame, and the second may have been killed by chance.
 _DEATHS = 3
 
 
@@ -325,7 +325,7 @@ class Batcher:
             for waiting in batch:
                 waiting.deaths += 1
                 if waiting.deaths == _DEATHS:
-                    waiting.fail(Refused(500, f"{_DEATHS} workers ended while they computed it"))
+                    waiting.fail(Refused(500, f"{_DEATHS} workers ended while they computed this"))
             self._try_again([waiting for waiting in batch if waiting.deaths < _DEATHS])
         except ModelError as error:
             reason = Refused(422, f"the model cannot compute these inputs: {error}")
